@@ -1,0 +1,55 @@
+// defines: toy::decoder — a GGUF model with a KV cache: tokens in, logits of the last one out; and toy::sampler
+#pragma once
+
+#include "archs/llama.h"
+#include "engine/backend.h"
+#include "ggml-alloc.h"
+#include "engine/model-file.h"
+
+#include <vector>
+
+namespace toy {
+
+struct decoder {
+    model_file    model;
+    llama_hparams hp;
+    backend       be;
+    kv_cache      cache;
+
+    decoder(const std::string & gguf_path, int n_ctx, int n_threads);   // n_ctx 0: the model's own
+    ~decoder();
+    decoder(const decoder &)             = delete;
+    decoder & operator=(const decoder &) = delete;
+
+    // Appends n tokens (any number that fits: a prompt goes through in batches) and returns the logits [V] after the last one.
+    const std::vector<float> & eval(const int32_t * tokens, int n);
+
+  private:
+    ggml_context *        ctx_cache;
+    ggml_backend_buffer_t buf_cache;
+    ggml_gallocr_t        galloc;
+    std::vector<uint8_t>  graph_mem;
+    std::vector<float>    logits;
+
+    void eval_batch(const int32_t * tokens, int n);
+};
+
+struct candidate {
+    int32_t id;
+    float   logprob;   // natural logarithm, over the whole vocabulary
+};
+
+// The k most likely tokens, best first; ties go to the smaller id.
+std::vector<candidate> top_logprobs(const std::vector<float> & logits, int k);
+
+struct sampler {
+    float    temperature;   // 0: the most likely token
+    int      top_k;         // 0: off
+    float    top_p;         // 1: off
+    uint64_t seed;
+    uint64_t n_drawn = 0;
+
+    int32_t sample(const std::vector<float> & logits);
+};
+
+} // namespace toy

@@ -1,0 +1,92 @@
+#include "backend.h"
+
+#include "error.h"
+#include "ggml-cpu.h"
+
+#include <cstdio>
+#include <sys/resource.h>
+#include <thread>
+#include <unistd.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace toy {
+
+backend::backend(const std::string & device, int n_threads) : n_threads(n_threads) {
+    if (device != "cpu") {
+        throw error("not_available", EXIT_BAD_INPUT, format("this runner computes on the cpu, not on %s", device.c_str()), "use --device cpu");
+    }
+    handle = ggml_backend_cpu_init();
+    // one pool for the whole run; more threads than cores must not spin, or the one that is needed cannot run
+    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+    params.poll = n_threads > usable_cores() ? 0 : 50;
+    pool = ggml_threadpool_new(&params);
+    ggml_backend_cpu_set_n_threads(handle, n_threads);
+    ggml_backend_cpu_set_threadpool(handle, pool);
+}
+
+backend::~backend() {
+    ggml_backend_free(handle);
+    ggml_threadpool_free(pool);
+}
+
+void backend::compute(ggml_cgraph * graph) {
+    const ggml_status status = ggml_backend_graph_compute(handle, graph);
+    if (status == GGML_STATUS_ALLOC_FAILED) {
+        throw error("oom", EXIT_FAILED, "out of memory while computing", "lower train.micro_batch, model.context or model.n_embd");
+    }
+    if (status != GGML_STATUS_SUCCESS) {
+        throw error("runner_failed", EXIT_FAILED, format("the graph did not compute (%s)", ggml_status_to_string(status)), "please report this with the run's config.json");
+    }
+}
+
+size_t backend::work_bytes(ggml_cgraph * graph) const {
+    return ggml_graph_plan(graph, n_threads, pool).work_size;
+}
+
+int usable_cores() {
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+        return CPU_COUNT(&set);
+    }
+#endif
+    const int n = (int) std::thread::hardware_concurrency();
+    return n > 0 ? n : 1;
+}
+
+size_t resident_bytes() {
+    if (FILE * f = fopen("/proc/self/statm", "r")) {
+        unsigned long size, resident = 0;
+        const int n = fscanf(f, "%lu %lu", &size, &resident);
+        fclose(f);
+        if (n == 2) {
+            return resident*sysconf(_SC_PAGESIZE);
+        }
+    }
+    return peak_resident_bytes();
+}
+
+size_t peak_resident_bytes() {
+    // VmHWM, not ru_maxrss: the latter still holds the peak of the process that started this one
+    if (FILE * f = fopen("/proc/self/status", "r")) {
+        char          line[256];
+        unsigned long kib = 0;
+        while (fgets(line, sizeof(line), f) && sscanf(line, "VmHWM: %lu", &kib) != 1) {
+        }
+        fclose(f);
+        if (kib > 0) {
+            return kib*1024;
+        }
+    }
+    struct rusage ru;
+    getrusage(RUSAGE_SELF, &ru);
+#ifdef __APPLE__
+    return ru.ru_maxrss;
+#else
+    return (size_t) ru.ru_maxrss*1024;
+#endif
+}
+
+} // namespace toy

@@ -1,0 +1,33 @@
+// defines: toy::backend — the device that computes, with its threads
+#pragma once
+
+#include "ggml-backend.h"
+
+#include <cstddef>
+#include <string>
+
+struct ggml_threadpool;
+
+namespace toy {
+
+struct backend {
+    ggml_backend_t handle = nullptr;
+    int            n_threads;
+
+    backend(const std::string & device, int n_threads);   // throws toy::error (not_available)
+    ~backend();
+    backend(const backend &)             = delete;
+    backend & operator=(const backend &) = delete;
+
+    void   compute(ggml_cgraph * graph);                   // throws toy::error (runner_failed)
+    size_t work_bytes(ggml_cgraph * graph) const;          // scratch that compute() needs besides the graph's own buffer
+
+  private:
+    ggml_threadpool * pool = nullptr;
+};
+
+int    usable_cores();         // those this process may run on
+size_t resident_bytes();       // now
+size_t peak_resident_bytes();
+
+} // namespace toy

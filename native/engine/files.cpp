@@ -1,0 +1,109 @@
+#include "files.h"
+
+#include "error.h"
+
+#include <cerrno>
+#include <cstring>
+#include <fcntl.h>
+#include <filesystem>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+namespace toy {
+
+namespace fs = std::filesystem;
+
+void throw_io(const char * doing, const std::string & path) {
+    const int e = errno;
+    if (e == ENOSPC || e == EDQUOT || e == EFBIG) {
+        throw error("disk_full", EXIT_FAILED, format("cannot %s %s: %s", doing, path.c_str(), strerror(e)),
+                    "free some space, or name another place with --out; nothing half-written was left");
+    }
+    throw error("runner_failed", EXIT_FAILED, format("cannot %s %s: %s", doing, path.c_str(), strerror(e)),
+                "check that the directory exists and that you may write there");
+}
+
+atomic_file::atomic_file(const std::string & path) : path(path), tmp(path + ".tmp") {
+    fd = open(tmp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0) {
+        throw_io("write", path);
+    }
+}
+
+atomic_file::~atomic_file() {
+    if (fd >= 0) {
+        close(fd);
+        unlink(tmp.c_str());
+    }
+}
+
+void atomic_file::write(const void * data, size_t size) {
+    const char * p = (const char *) data;
+    while (size > 0) {
+        const ssize_t n = ::write(fd, p, size);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            throw_io("write", path);
+        }
+        p    += n;
+        size -= n;
+    }
+}
+
+void atomic_file::commit() {
+    if (fsync(fd) != 0 && errno != EINVAL) {
+        throw_io("write", path);
+    }
+    if (close(fd) != 0) {
+        fd = -1;
+        unlink(tmp.c_str());
+        throw_io("write", path);
+    }
+    fd = -1;
+    if (rename(tmp.c_str(), path.c_str()) != 0) {
+        unlink(tmp.c_str());
+        throw_io("rename", path);
+    }
+}
+
+void make_dir(const std::string & path) {
+    if (mkdir(path.c_str(), 0755) != 0 && errno != EEXIST) {
+        throw_io("make", path);
+    }
+}
+
+void sync_dir(const std::string & path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd >= 0) {
+        fsync(fd);
+        close(fd);
+    }
+}
+
+void remove_all(const std::string & path) {
+    std::error_code ec;
+    fs::remove_all(path, ec);
+}
+
+void replace_link(const std::string & target, const std::string & link) {
+    const std::string tmp = link + ".tmp";
+    unlink(tmp.c_str());
+    if (symlink(target.c_str(), tmp.c_str()) != 0 || rename(tmp.c_str(), link.c_str()) != 0) {
+        throw_io("link", link);
+    }
+}
+
+bool exists(const std::string & path) {
+    struct stat st;
+    return stat(path.c_str(), &st) == 0;
+}
+
+size_t free_bytes(const std::string & path) {
+    struct statvfs vfs;
+    return statvfs(path.c_str(), &vfs) == 0 ? (size_t) vfs.f_bavail*vfs.f_frsize : SIZE_MAX;
+}
+
+} // namespace toy

@@ -1,0 +1,98 @@
+// libexec/toy-infer: decodes from a llama GGUF on the cpu. Token ids in (a file), one `token ID` line out for each one drawn.
+#include "engine/corpus.h"
+#include "decode/decoder.h"
+#include "engine/error.h"
+#include "engine/events.h"
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <sstream>
+
+static volatile sig_atomic_t g_stop = 0;
+
+static std::string env(const char * key, const char * def) {
+    const char * v = getenv(key);
+    return v && *v ? v : def;
+}
+
+static std::vector<int32_t> parse_ids(const std::string & list) {
+    std::vector<int32_t> ids;
+    std::istringstream in(list);
+    for (std::string item; std::getline(in, item, ',');) {
+        ids.push_back(atoi(item.c_str()));
+    }
+    return ids;
+}
+
+static int infer() {
+    const double t0 = toy::monotonic_time();
+    const toy::token_file prompt(env("PROMPT_TOKENS", ""));
+    const std::vector<int32_t> stop = parse_ids(env("STOP_TOKENS", ""));
+    const int n_predict = atoi(env("N_PREDICT", "128").c_str()), n_top = atoi(env("LOGPROBS", "0").c_str());
+    const int n_threads = atoi(env("THREADS", "0").c_str()), n_ctx = atoi(env("CONTEXT", "0").c_str());
+    toy::sampler sampler = {
+        strtof(env("TEMPERATURE", "0").c_str(), nullptr), atoi(env("TOP_K", "0").c_str()), strtof(env("TOP_P", "1").c_str(), nullptr),
+        strtoull(env("SEED", "0").c_str(), nullptr, 10),
+    };
+    // no more cache than this answer can fill: a model's own context may be far larger
+    const toy::gguf_file meta(env("GGUF", ""));
+    const int64_t limit = n_ctx > 0 ? n_ctx : toy::llama_hparams::from_gguf(meta).n_ctx;
+    const int     slots = (int) std::min<int64_t>(limit, (int64_t) prompt.n + std::max(n_predict, 1));
+    if ((int64_t) prompt.n > limit) {
+        throw toy::error("bad_flag", toy::EXIT_BAD_INPUT, toy::format("the prompt has %zu tokens, the context holds %lld", prompt.n, (long long) limit),
+                         "shorten the prompt or raise --context");
+    }
+    toy::decoder dec(meta.path, slots, n_threads > 0 ? n_threads : toy::usable_cores());
+    for (size_t i = 0; i < prompt.n; i++) {
+        if (prompt.tokens[i] < 0 || prompt.tokens[i] >= dec.hp.n_vocab) {
+            throw toy::error("bad_flag", toy::EXIT_BAD_INPUT, toy::format("prompt id %d is outside the vocabulary of %d", prompt.tokens[i], dec.hp.n_vocab),
+                             "ids run from 0 to the vocabulary size less one");
+        }
+    }
+
+    const double t1 = toy::monotonic_time();
+    const std::vector<float> * logits = &dec.eval(prompt.tokens, (int) prompt.n);
+    const double t2 = toy::monotonic_time();
+    int n_drawn = 0;
+    while (n_drawn < n_predict && !g_stop) {
+        const int32_t id = sampler.sample(*logits);
+        if (std::find(stop.begin(), stop.end(), id) != stop.end()) {
+            break;
+        }
+        printf("token %d", id);
+        if (n_top > 0) {
+            for (const toy::candidate & c : toy::top_logprobs(*logits, n_top)) {
+                printf(" %d:%s", c.id, toy::shortest(c.logprob).c_str());
+            }
+        }
+        if (printf("\n") < 0 || fflush(stdout) != 0) {
+            return toy::EXIT_FAILED;
+        }
+        if (++n_drawn == n_predict || dec.cache.n_past == dec.cache.n_ctx) {
+            break;
+        }
+        logits = &dec.eval(&id, 1);
+    }
+    fprintf(stderr, "timing load_s=%.4f prefill_tokens=%zu prefill_s=%.4f decode_tokens=%d decode_s=%.4f\n", t1 - t0, prompt.n, t2 - t1, n_drawn,
+            toy::monotonic_time() - t2);
+    return g_stop ? toy::EXIT_INTERRUPTED : toy::EXIT_DONE;
+}
+
+int main() {
+    struct sigaction sa = {};
+    sa.sa_handler = [](int) { g_stop = 1; };
+    sigaction(SIGINT,  &sa, nullptr);
+    sigaction(SIGTERM, &sa, nullptr);
+    signal(SIGPIPE, SIG_IGN);
+    try {
+        return infer();
+    } catch (const toy::error & e) {
+        fprintf(stderr, "error: %s\nhint: %s\n", e.what(), e.hint.c_str());
+        return e.exit_code;
+    } catch (const std::exception & e) {
+        fprintf(stderr, "error: %s\nhint: please report this with the name of the model\n", e.what());
+        return toy::EXIT_FAILED;
+    }
+}

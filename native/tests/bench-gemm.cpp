@@ -1,0 +1,100 @@
+// Speed of f32 matrix products on the CPU backend, one JSON line a measurement: the roof that training runs under.
+//
+//   bench-gemm [-t THREADS] [-s SECONDS] [-b BATCH] M K N [M K N ...]
+//
+// C[m,n] = A[m,k]*B[k,n], row-major, in the three layouts of a linear layer:
+//   nt   B stored as [n,k]   MUL_MAT            y  = x W^T
+//   nn   both as written     OUT_PROD, grad^T   dx = dy W
+//   tn   A stored as [k,m]   OUT_PROD           dW = dy^T x
+
+#include "ggml.h"
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+static double measure(const char * layout, int64_t m, int64_t k, int64_t n, int64_t batch, double seconds, ggml_threadpool * pool, int n_threads) {
+    ggml_init_params params = { sizeof(float)*batch*(size_t) (m*k + k*n + m*n) + 16*1024*1024, nullptr, false };
+    ggml_context * ctx = ggml_init(params);
+
+    ggml_tensor * c = nullptr;
+    if (strcmp(layout, "nt") == 0) {
+        c = ggml_mul_mat(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, n, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch));
+    } else if (strcmp(layout, "nn") == 0) {
+        c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch), ggml_transpose(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch)));
+    } else {
+        c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, m, k, batch));
+    }
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (!t->view_src && t->op == GGML_OP_NONE) {
+            float * x = ggml_get_data_f32(t);
+            for (int64_t i = 0; i < ggml_nelements(t); ++i) {
+                x[i] = (float) ((i*7919) % 1021)/1021.0f - 0.5f;
+            }
+        }
+    }
+
+    ggml_cgraph * graph = ggml_new_graph(ctx);
+    ggml_build_forward_expand(graph, c);
+
+    ggml_cplan plan = ggml_graph_plan(graph, n_threads, pool);
+    std::vector<uint8_t> work(plan.work_size);
+    plan.work_data = work.data();
+
+    double best  = 1e30;
+    double total = 0.0;
+    for (int i = 0; i < 3 || total < seconds; ++i) {
+        const int64_t t0 = ggml_time_us();
+        ggml_graph_compute(graph, &plan);
+        const double t = 1e-6*(double) (ggml_time_us() - t0);
+        best   = std::min(best, t);
+        total += t;
+    }
+    ggml_free(ctx);
+    return best;
+}
+
+int main(int argc, char ** argv) {
+    int    n_threads = 1;
+    int    batch     = 1;
+    double seconds   = 0.5;
+    std::vector<int64_t> shape;
+
+    for (int i = 1; i < argc; ++i) {
+        const std::string arg = argv[i];
+        if (arg == "-t" && i + 1 < argc) {
+            n_threads = atoi(argv[++i]);
+        } else if (arg == "-b" && i + 1 < argc) {
+            batch = atoi(argv[++i]);
+        } else if (arg == "-s" && i + 1 < argc) {
+            seconds = atof(argv[++i]);
+        } else {
+            shape.push_back(atoll(arg.c_str()));
+        }
+    }
+    if (shape.empty() || shape.size() % 3 != 0 || n_threads < 1 || batch < 1 || *std::min_element(shape.begin(), shape.end()) < 1) {
+        fprintf(stderr, "usage: %s [-t THREADS] [-s SECONDS] [-b BATCH] M K N [M K N ...]\n", argv[0]);
+        return 2;
+    }
+
+    ggml_time_init();
+    ggml_threadpool_params pool_params = ggml_threadpool_params_default(n_threads);
+    ggml_threadpool * pool = ggml_threadpool_new(&pool_params);
+
+    for (size_t i = 0; i < shape.size(); i += 3) {
+        for (const char * layout : { "nt", "nn", "tn" }) {
+            const int64_t m = shape[i], k = shape[i + 1], n = shape[i + 2];
+            const double  t = measure(layout, m, k, n, batch, seconds, pool, n_threads);
+            printf("{\"layout\": \"%s\", \"m\": %lld, \"k\": %lld, \"n\": %lld, \"batch\": %d, \"threads\": %d, \"seconds\": %.3e, \"gflops\": %.1f}\n",
+                layout, (long long) m, (long long) k, (long long) n, batch, n_threads, t, 2e-9*(double) (m*k*n*batch)/t);
+            fflush(stdout);
+        }
+    }
+
+    ggml_threadpool_free(pool);
+    return 0;
+}

@@ -1,0 +1,256 @@
+// THE training loop. Environment in, `step N: loss=V` lines out, files under the run directory; see train_main() at the end.
+#include "loop.h"
+
+#include "engine/checkpoint.h"
+#include "engine/error.h"
+#include "engine/events.h"
+#include "engine/files.h"
+#include "session.h"
+
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+namespace toy {
+
+static volatile sig_atomic_t g_stop = 0;   // set by SIGINT and SIGTERM, read once a step
+
+static void on_stop_signal(int) {
+    g_stop = 1;
+}
+
+struct run_env {
+    std::string run_dir, run_id, recipe, corpus, val_corpus, tokenizer;
+    config      cfg;
+};
+
+// What the run knows at its end, for the last event.
+struct run_summary {
+    const char * reason = "failed";
+    float        loss      = NAN;
+    double       val_loss  = NAN;
+    double       tokens_per_second = NAN;
+    double       started   = monotonic_time();
+    int64_t      step      = 0;
+    train_state  state;
+    std::string  gguf, checkpoint, bad_tensor;
+};
+
+static std::string need_env(const char * key) {
+    const char * v = getenv(key);
+    if (!v || !*v) {
+        throw error("bad_flag", EXIT_BAD_INPUT, format("%s is not in the environment", key), "runners are started by `toy train`");
+    }
+    return v;
+}
+
+static std::string opt_env(const char * key) {
+    const char * v = getenv(key);
+    return v ? v : "";
+}
+
+static run_env read_env() {
+    run_env env;
+    env.run_dir    = need_env("TOY_RUN_DIR");
+    env.run_id     = need_env("TOY_RUN_ID");
+    env.recipe     = need_env("RECIPE");
+    env.corpus     = need_env("CORPUS");
+    env.tokenizer  = need_env("TOKENIZER");
+    env.val_corpus = opt_env("VAL_CORPUS");
+    env.cfg        = config::load(need_env("TOY_CONFIG"));
+    if (atoll(need_env("STEPS").c_str()) != env.cfg.train.steps || atoll(need_env("SEED").c_str()) != env.cfg.run.seed) {
+        throw error("bad_config", EXIT_BAD_INPUT, "STEPS or SEED differ from config.kv", "runners are started by `toy train`");
+    }
+    if (env.recipe != "from-scratch" || env.cfg.run.recipe != env.recipe) {
+        throw error("not_available", EXIT_BAD_INPUT, format("this runner does not train recipe %s", env.recipe.c_str()), "use --recipe from-scratch");
+    }
+    return env;
+}
+
+static std::string memory_json(const memory_plan & m) {
+    return json_object().num("weights", m.weights).num("gradients", m.gradients).num("moments", m.moments).num("compute", m.compute)
+        .num("inputs", m.inputs).num("work", m.work).num("corpus", m.corpus).num("runtime", m.runtime).num("total", m.total()).done();
+}
+
+static void write_gguf(const run_env & env, const session & s, const std::string & path) {
+    gguf_writer out;
+    const gguf_file tokenizer(env.tokenizer);
+    out.copy_metadata(tokenizer);
+    s.model.write_metadata(s.cfg, out);
+    out.set_str("general.name", env.cfg.run.name.empty() ? env.run_id : env.cfg.run.name);
+    out.set_u32("general.file_type", 0);   // all F32
+    out.set_str("toy.run_id", env.run_id);
+    out.set_u64("toy.step", s.steps_done);
+    for (const param & p : s.w.params) {
+        out.add_tensor(p.w, p.name);
+    }
+    make_dir(env.run_dir + "/weights");
+    out.write(path);
+}
+
+static void write_run_start(events_writer & events, const run_env & env, const session & s) {
+    events.write(events.begin("run_start").str("run_id", env.run_id).str("recipe", env.recipe).str("arch", s.model.name).str("device", env.cfg.run.device)
+        .num("steps", env.cfg.train.steps).num("seed", env.cfg.run.seed).num("parameters", s.w.n_params()).num("tokens_per_step", s.tokens_per_step())
+        .num("train_tokens", s.train_tokens()).num("val_tokens", s.val_tokens()).num("threads", env.cfg.run.threads).raw("memory", memory_json(s.memory(s.corpus_bytes()))));
+}
+
+static void write_run_end(events_writer & events, const run_summary & sum, const error * err) {
+    json_object e = events.begin("run_end");
+    e.str("reason", sum.reason).num("step", sum.step).num("final_loss", sum.loss).num("val_loss", sum.val_loss);
+    sum.state.best_step > 0 ? e.num("best_val_loss", sum.state.best_val_loss).num("best_step", sum.state.best_step) : e.null("best_val_loss").null("best_step");
+    e.num("tokens_per_second", sum.tokens_per_second).num("seconds", monotonic_time() - sum.started).num("peak_rss_bytes", peak_resident_bytes());
+    sum.gguf.empty()       ? e.null("gguf")       : e.str("gguf", sum.gguf);
+    sum.checkpoint.empty() ? e.null("checkpoint") : e.str("checkpoint", sum.checkpoint);
+    if (err) {
+        json_object j;
+        j.str("kind", err->kind).str("message", err->what()).str("hint", err->hint);
+        if (!sum.bad_tensor.empty()) {
+            j.str("tensor", sum.bad_tensor);
+        }
+        e.raw("error", j.done());
+    } else {
+        e.null("error");
+    }
+    events.write(e.null("quality_gate"));
+}
+
+static bool is_due(int every, int64_t step) {
+    return every > 0 && step % every == 0;
+}
+
+// The loop itself: every optimizer step of the run, in order, and what is due after it.
+static void train(const run_env & env, session & s, events_writer & events, run_summary & sum) {
+    const config & cfg = env.cfg;
+    checkpoints saved = { env.run_dir + "/checkpoints" };
+    const std::string gguf_path = env.run_dir + "/weights/model.gguf";
+    make_dir(saved.dir);
+
+    const auto save_checkpoint = [&]() {
+        sum.state.step = s.steps_done;
+        sum.state.data = s.reader->tell();
+        sum.checkpoint = saved.save(cfg, s.w, sum.state);
+        events.write(events.begin("checkpoint").num("step", s.steps_done).str("path", sum.checkpoint));
+        saved.prune(cfg.checkpoint.keep, cfg.checkpoint.keep_best ? sum.state.best_step : 0);
+    };
+    const auto evaluate = [&]() {
+        const eval_result e = s.evaluate();
+        if (e.n_tokens == 0) {
+            return;
+        }
+        sum.val_loss = e.loss;
+        const bool best = e.loss < sum.state.best_val_loss;
+        sum.state.evals_since_best = best ? 0 : sum.state.evals_since_best + 1;
+        if (best) {
+            sum.state.best_val_loss = e.loss;
+            sum.state.best_step     = s.steps_done;
+        }
+        events.write(events.begin("eval").num("step", s.steps_done).num("val_loss", e.loss).num("tokens", e.n_tokens).flag("best", best));
+        if (best && cfg.checkpoint.keep_best) {
+            if (!saved.has(s.steps_done)) {
+                save_checkpoint();
+            }
+            saved.mark_best(s.steps_done);
+        }
+    };
+
+    double        busy  = 0;   // seconds inside steps: evaluations and saves do not count as training speed
+    const int64_t first = s.steps_done;
+    bool          done = false, early_stop = false;
+    while (!done) {
+        const double t0 = monotonic_time();
+        const step_result r = s.step();
+        const double dt = monotonic_time() - t0;
+        busy += dt;
+
+        if (!r.bad_tensor.empty()) {
+            sum.reason     = "non_finite";
+            sum.bad_tensor = r.bad_tensor;
+            save_checkpoint();
+            write_gguf(env, s, gguf_path);
+            sum.gguf = gguf_path;
+            throw error("non_finite", EXIT_FAILED, format("step %lld: the %s is not finite; first bad tensor: %s", (long long) s.steps_done + 1,
+                        std::isfinite(r.loss) ? "gradient" : "loss", r.bad_tensor.c_str()),
+                        format("the weights of step %lld are kept; lower train.learning_rate, or set train.grad_clip", (long long) s.steps_done));
+        }
+
+        sum.step = s.steps_done;
+        sum.loss = r.loss;
+        sum.tokens_per_second = (double) (s.steps_done - first)*s.tokens_per_step()/busy;
+        if (printf("step %lld: loss=%s\n", (long long) s.steps_done, shortest(r.loss).c_str()) < 0 || fflush(stdout) != 0) {
+            throw error("runner_failed", EXIT_FAILED, "cannot write step lines to stdout", "the reader of this run has gone away");
+        }
+        done = s.steps_done >= cfg.train.steps;
+        if (is_due(cfg.log.every, s.steps_done) || done) {
+            events.write(events.begin("step").num("step", s.steps_done).num("loss", r.loss).num("learning_rate", r.learning_rate).num("grad_norm", r.grad_norm)
+                .num("tokens_per_second", s.tokens_per_step()/dt).num("tokens", s.steps_done*s.tokens_per_step())
+                .num("epoch", (int64_t) s.reader->tell().epoch).num("rss_bytes", resident_bytes()));
+        }
+
+        // saving comes before evaluating, so that an evaluation that dies costs nothing
+        const bool eval_due = is_due(cfg.eval.every, s.steps_done) || done;
+        if (is_due(cfg.checkpoint.every, s.steps_done) || done || g_stop) {
+            save_checkpoint();
+        }
+        if (eval_due && !g_stop) {
+            evaluate();
+            if (!done && cfg.eval.patience > 0 && sum.state.evals_since_best >= cfg.eval.patience) {
+                save_checkpoint();
+                done = early_stop = true;
+            }
+        }
+        if (g_stop) {
+            break;
+        }
+    }
+    saved.prune(cfg.checkpoint.keep, cfg.checkpoint.keep_best ? sum.state.best_step : 0);
+    write_gguf(env, s, gguf_path);
+    sum.gguf   = gguf_path;
+    sum.reason = early_stop ? "early_stop" : done ? "done" : "interrupted";
+}
+
+static int run(const run_env & env, const arch & model) {
+    events_writer events(env.run_dir + "/events.jsonl");
+    run_summary   sum;
+    try {
+        session s(env.cfg, model);
+        s.set_data(env.corpus, env.val_corpus);
+        s.init_weights();
+        if (!env.cfg.checkpoint.resume.empty()) {
+            sum.state    = checkpoints::load(env.cfg.checkpoint.resume, env.cfg, s.w);
+            s.steps_done = sum.state.step;
+            s.reader->seek(sum.state.data);
+        }
+        write_run_start(events, env, s);
+        train(env, s, events, sum);
+    } catch (const error & e) {
+        write_run_end(events, sum, &e);
+        throw;
+    } catch (const std::bad_alloc &) {
+        const error e("oom", EXIT_FAILED, "out of memory", "lower train.micro_batch, model.context or model.n_embd; `--dry-run` says what is needed");
+        write_run_end(events, sum, &e);
+        throw e;
+    }
+    write_run_end(events, sum, nullptr);
+    return g_stop && std::string(sum.reason) == "interrupted" ? EXIT_INTERRUPTED : EXIT_DONE;
+}
+
+int train_main(const arch & model) {
+    struct sigaction sa = {};
+    sa.sa_handler = on_stop_signal;
+    sigaction(SIGINT,  &sa, nullptr);
+    sigaction(SIGTERM, &sa, nullptr);
+    signal(SIGPIPE, SIG_IGN);
+    try {
+        return run(read_env(), model);
+    } catch (const error & e) {
+        fprintf(stderr, "error: %s\nhint: %s\n", e.what(), e.hint.c_str());
+        return e.exit_code;
+    } catch (const std::exception & e) {
+        fprintf(stderr, "error: %s\nhint: please report this with the run's config.json\n", e.what());
+        return EXIT_FAILED;
+    }
+}
+
+} // namespace toy
