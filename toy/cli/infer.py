@@ -1,0 +1,197 @@
+"""`toy infer`: text out of a GGUF or a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toy.cli.common import emit, json_option, say
+from toy.errors import ToyError
+
+
+@click.command()
+@click.argument("model", metavar="MODEL|RUN")
+@click.option("--prompt", help="Text to continue. Without one, standard input when piped, else a new document begins.")
+@click.option("--prompt-ids", metavar="1,2,3", help="Token ids to continue, in place of text.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
+@click.option("--n", "n", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the likeliest token."
+)
+@click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True, help="Likeliest tokens; 0: all.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True, help="Their share; 1: all."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1337, show_default=True, help="Of the draws.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="0: the usable cores.")
+@click.option("--context", type=click.IntRange(min=0), default=0, help="Tokens held at once; 0: the model's.")
+@click.option("--logprobs", type=click.IntRange(0, 1000), default=0, help="With --json: the K likeliest at each token.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute.")
+@click.option("-v", "--verbose", is_flag=True, help="Say tokens/s on stderr.")
+@json_option
+def command(
+    model: str,
+    prompt: str | None,
+    prompt_ids: str | None,
+    chat: bool,
+    n: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    threads: int,
+    context: int,
+    logprobs: int,
+    device: str,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Continue a prompt with MODEL: a GGUF, a run (`runs/latest`), or a name that `toy list` shows.
+
+    The continuation goes to stdout as it comes; it ends at --n tokens, at a token that ends the text, or where the
+    context is full.
+    """
+    from toy.models import cards, resolve
+    from toy.models.generate import Sampling, describe_logprobs, generate, target
+
+    _check_flags(prompt, prompt_ids, chat, logprobs, as_json)
+    path = resolve(model)
+    card = cards.read(path)
+    target(card, device)  # what cannot run is said before the tokenizer is made
+    tokenizer = _tokenizer(card.path, required=prompt_ids is None)
+    text = None
+    if prompt_ids is not None:
+        ids = _ids(prompt_ids)
+    else:
+        text = prompt if prompt is not None else _standard_input()
+        ids = _encode(tokenizer, text, chat, path)
+
+    decoder = tokenizer.stream() if tokenizer is not None else None
+    shown = False
+
+    def show(i: int) -> None:
+        nonlocal shown
+        if not as_json:
+            shown = True
+            sys.stdout.write(decoder.push(i) if decoder is not None else f"{i} ")
+            sys.stdout.flush()
+
+    try:
+        made = generate(
+            card,
+            ids,
+            n,
+            Sampling(temperature, top_k, top_p, seed),
+            stop=tokenizer.stop_ids if tokenizer is not None else (),
+            threads=threads,
+            context=context,
+            logprobs=logprobs,
+            device=device,
+            on_token=show,
+        )
+    except ToyError:
+        if shown:
+            sys.stdout.write("\n")  # what stops it is said on a line of its own
+        raise
+    if as_json:
+        answer: dict[str, Any] = {
+            "model": str(path.absolute()),
+            "prompt": text,
+            "prompt_ids": ids,
+            "text": _text(tokenizer, made.ids),
+            "ids": made.ids,
+            "stop_reason": made.stop_reason,
+            "logprobs": describe_logprobs(tokenizer, made) if logprobs else None,
+            "timings": made.timings,
+        }
+        emit("toy/infer-v1", answer)
+        return
+    sys.stdout.write((decoder.finish() if decoder is not None else "") + "\n")
+    sys.stdout.flush()
+    if verbose or (sys.stderr.isatty() and sys.stdout.isatty()):
+        say(_speed(made.timings, made.stop_reason))
+
+
+def _check_flags(prompt: str | None, prompt_ids: str | None, chat: bool, logprobs: int, as_json: bool) -> None:
+    if prompt is not None and prompt_ids is not None:
+        raise ToyError("bad_flag", "--prompt and --prompt-ids cannot be given together", "leave one of them out")
+    if chat and prompt_ids is not None:
+        raise ToyError("bad_flag", "--chat needs text, not --prompt-ids", "give the message with --prompt")
+    if logprobs and not as_json:
+        raise ToyError("bad_flag", "--logprobs shows in the JSON document only", "add --json")
+
+
+def _ids(stated: str) -> list[int]:
+    words = stated.replace(",", " ").split()
+    try:
+        ids = [int(word) for word in words]
+    except ValueError as error:
+        wrong = str(error).rsplit(":", 1)[-1].strip()
+        raise ToyError("bad_flag", f"--prompt-ids has {wrong}, which is no id", "give ids like 1,2,3") from None
+    if not ids:
+        raise ToyError("bad_flag", "--prompt-ids is empty", "give ids like 1,2,3")
+    return ids
+
+
+def _standard_input() -> str:
+    """What was piped in, less its last newline; nothing on a terminal."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return ""
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError:
+        return ""
+    try:
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        message = f"standard input is not UTF-8 text (byte {error.start})"
+        raise ToyError("bad_flag", message, "pass ids with --prompt-ids instead") from None
+
+
+def _tokenizer(path: Path, required: bool) -> Any:
+    """The model's tokenizer; None when ids go in and it has none that we read."""
+    from toy.models.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.from_gguf(path)
+    except ToyError:
+        if required:
+            raise
+        return None
+
+
+def _encode(tokenizer: Any, text: str, chat: bool, path: Path) -> list[int]:
+    from toy.models.chat import render
+    from toy.models.generate import prompt_ids
+
+    if chat:
+        if not text.strip():
+            raise ToyError("bad_flag", "--chat needs a message", 'give one: --prompt "Hello"')
+        text = render(tokenizer, [{"role": "user", "content": text}], str(path))
+    return prompt_ids(tokenizer, text)
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str | None:
+    if tokenizer is None:
+        return None
+    decoder = tokenizer.stream()
+    return "".join(decoder.push(i) for i in ids) + str(decoder.finish())
+
+
+def _speed(timings: dict[str, float], reason: str) -> str:
+    prefill = timings.get("prefill_tokens", 0) / (timings.get("prefill_s") or float("inf"))
+    why = {"length": "as many as asked for", "stop": "the text ended", "context": "the context is full"}[reason]
+    return (
+        f"{timings.get('decode_tokens', 0):.0f} tokens ({why}), {timings.get('tokens_per_second', 0):.1f} tokens/s; "
+        f"prompt {timings.get('prefill_tokens', 0):.0f} tokens, {prefill:.0f} tokens/s"
+    )
+
+
+def sample_text(gguf: str | Path, prompt: str, n: int, seed: int, temperature: float = 0.8) -> str:
+    """Up to `n` tokens after `prompt`, for the end of `toy train`."""
+    from toy.models import generate
+
+    return generate.sample_text(gguf, prompt, n, seed, temperature)

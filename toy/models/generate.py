@@ -1,0 +1,191 @@
+"""Ids after ids, from the native runner `toy-infer`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toy.errors import ToyError
+from toy.models import cards
+from toy.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 takes the likeliest; `top_k` 0 and `top_p` 1 are off."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    seed: int = 1337
+
+
+@dataclass
+class Generation:
+    """What came out. `logprobs` has, for each id, the likeliest (id, natural log of probability) pairs, best first."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    stop_reason: str = "length"  # length, stop (a token that ends the text) or context (the context is full)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def target(card: cards.Card, device: str = "cpu") -> str:
+    """The runner for a model, checked before anything is built. Raises ToyError (not_available, bad_flag, bad_file)."""
+    from toy import recipes
+
+    if not card.tensors:
+        raise ToyError("bad_file", f"{card.path} has no weights, only metadata", "give the model's own .gguf")
+    runner = recipes.INFER.get(card.architecture)
+    if runner is None:
+        known = ", ".join(recipes.INFER)
+        raise ToyError(
+            "not_available",
+            f"{card.path} is of the architecture {card.architecture!r}, which toy does not run",
+            f"toy infer runs: {known}",
+        )
+    if device not in recipes.DEVICES:
+        raise ToyError("bad_flag", f"unknown device {device!r}", f"known: {', '.join(recipes.DEVICES)}")
+    if recipes.RUNNERS[runner] != device:
+        reason = recipes.device_reason(device) or f"toy infer does not run on {device} yet"
+        raise ToyError("not_available", reason, f"--device {recipes.RUNNERS[runner]} works now")
+    return runner
+
+
+def generate(
+    card: cards.Card,
+    prompt: Sequence[int],
+    n: int,
+    sampling: Sampling,
+    *,
+    stop: Iterable[int] = (),
+    threads: int = 0,
+    context: int = 0,
+    logprobs: int = 0,
+    device: str = "cpu",
+    on_token: Callable[[int], None] = lambda i: None,
+) -> Generation:
+    """Up to `n` ids after `prompt`, each given to `on_token` as it comes.
+
+    `stop` ends the text and is not part of it. `threads` 0: the usable cores. `context` 0: the model's.
+    Raises ToyError.
+    """
+    from toy import runners
+    from toy.config.resolve import usable_cores
+
+    runner = target(card, device)
+    window = check_prompt(card, prompt, context)
+    runners.ensure_built([runner])
+    out = Generation()
+    last_words: list[str] = []
+
+    def line(text: str) -> None:
+        words = text.split()
+        if len(words) < 2 or words[0] != "token":
+            raise ToyError("runner_failed", f"{runner} printed {text!r}", "this is a bug in toy")
+        out.ids.append(int(words[1]))
+        if logprobs:
+            pairs = (word.split(":") for word in words[2:])
+            out.logprobs.append([(int(i), float(value)) for i, value in pairs])
+        on_token(out.ids[-1])
+
+    with tempfile.TemporaryDirectory(prefix="toy-infer-") as folder:
+        ids = Path(folder) / "prompt.bin"
+        packed = array("i", prompt)
+        if sys.byteorder == "big":
+            packed.byteswap()
+        ids.write_bytes(packed.tobytes())
+        keys: dict[str, object] = {
+            "GGUF": os.fspath(card.path.absolute()),
+            "PROMPT_TOKENS": ids,
+            "N_PREDICT": n,
+            "TEMPERATURE": repr(float(sampling.temperature)),
+            "TOP_K": sampling.top_k,
+            "TOP_P": repr(float(sampling.top_p)),
+            "SEED": sampling.seed,
+            "STOP_TOKENS": ",".join(str(i) for i in sorted(set(stop))),
+            "THREADS": threads or usable_cores(),
+            "CONTEXT": context,
+            "LOGPROBS": logprobs,
+        }
+        result = runners.launch(runner, runners.environment(keys, device), on_stdout=line, on_stderr=last_words.append)
+    failed = result.error()
+    if failed is not None:
+        raise failed
+    out.timings = _timings(last_words)
+    if len(out.ids) < n:
+        out.stop_reason = "context" if window and len(prompt) + len(out.ids) >= window else "stop"
+    return out
+
+
+def check_prompt(card: cards.Card, prompt: Sequence[int], context: int) -> int:
+    """The context in tokens. Raises ToyError (bad_flag) for unknown ids, and when the prompt does not fit."""
+    tokens = card.metadata.get("tokenizer.ggml.tokens")
+    known = len(tokens) if isinstance(tokens, list) else card.metadata.get(f"{card.architecture}.vocab_size", 0)
+    if known:
+        for i in prompt:
+            if not 0 <= i < known:
+                hint = f"ids go from 0 to {known - 1}"
+                raise ToyError("bad_flag", f"the prompt has the id {i}, and the model {known} tokens", hint)
+    window = context or card.context
+    if window and len(prompt) > window:
+        hint = "shorten the prompt" + (f", or give --context up to {card.context}" if context < card.context else "")
+        raise ToyError("bad_flag", f"the prompt is {len(prompt)} tokens long, and the context {window}", hint)
+    return window
+
+
+def _timings(lines: list[str]) -> dict[str, float]:
+    """`timing load_s=… prefill_tokens=… …`, the runner's last words, and tokens/s from them."""
+    stated = next((line for line in reversed(lines) if line.startswith("timing ")), "")
+    found: dict[str, float] = {}
+    for word in stated.split()[1:]:
+        key, _, value = word.partition("=")
+        found[key] = int(value) if value.isdigit() else float(value)
+    if found.get("decode_s"):
+        found["tokens_per_second"] = found.get("decode_tokens", 0) / found["decode_s"]
+    return found
+
+
+def sample_text(
+    gguf: str | Path, prompt: str = "", n: int = 200, seed: int = 1337, temperature: float = 0.8, threads: int = 0
+) -> str:
+    """A continuation of `prompt` by the model in `gguf`; without one, the beginning of a new document."""
+    card = cards.read(gguf)
+    tokenizer = Tokenizer.from_gguf(gguf)
+    sampling = Sampling(temperature=temperature, seed=seed)
+    ids = prompt_ids(tokenizer, prompt)
+    made = generate(card, ids, n, sampling, stop=tokenizer.stop_ids, threads=threads)
+    decoder = tokenizer.stream()
+    return "".join(decoder.push(i) for i in made.ids) + decoder.finish()
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt; of an empty one, the token that stands between documents. Raises ToyError (bad_flag)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ToyError("bad_flag", "the prompt is not UTF-8 text", "pass ids with --prompt-ids instead") from None
+    ids = tokenizer.encode(text, add_special=True, parse_special=True)
+    if not ids:
+        start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        if text or start is None:
+            raise ToyError("bad_flag", "the prompt has no token that the model knows", "give another --prompt")
+        ids = [start]
+    return ids
+
+
+def describe_logprobs(tokenizer: Tokenizer | None, made: Generation) -> list[list[dict[str, Any]]]:
+    """The log-probabilities with the text of each candidate."""
+    return [
+        [
+            {"id": i, "text": tokenizer.decode([i], special=True) if tokenizer else None, "logprob": value}
+            for i, value in candidates
+        ]
+        for candidates in made.logprobs
+    ]
