@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import os
 from collections.abc import Iterable, Iterator
@@ -71,6 +70,8 @@ def one_line(text: object) -> str:
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """The entry of `words` that `word` was probably meant to be, or None."""
+    import difflib  # not at start-up
+
     known = list(words)
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not found:
@@ -96,7 +97,7 @@ def os_error(error: OSError, doing: str = "") -> ToyError:
     reason = (error.strerror or str(error) or type(error).__name__).lower()
     where = f"{name}: {reason}" if name else reason
     message = f"cannot {doing}: {where}" if doing else where
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ToyError("disk_full", message, "free some space on that disk, or choose another place with --out")
     if error.errno == errno.ENOENT:
         return ToyError("missing_file", message, "check the path")

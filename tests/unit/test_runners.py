@@ -1,0 +1,191 @@
+"""Locating, launching and ending runners. Those here are scripts: what is tested is how a process is treated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from toy import runners
+from toy.errors import ToyError
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> runners.Root:
+    for name in ("native", "vendor-patches", "libexec"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "CMakeLists.txt").touch()
+    monkeypatch.setenv("TOY_HOME", str(tmp_path))
+    return runners.find_root()
+
+
+def script(root: runners.Root, text: str) -> str:
+    path = root.libexec / "fake"
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return "fake"
+
+
+def test_toy_home_must_be_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_HOME", str(tmp_path))
+    with pytest.raises(ToyError, match="TOY_HOME") as caught:
+        runners.find_root()
+    assert caught.value.exit_code == 2
+
+
+def test_no_compiler_is_said_before_anything_is_made(root: runners.Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ToyError, match=r"no C\+\+ compiler") as caught:
+        runners.ensure_built(["toy-train"])
+    assert (caught.value.kind, caught.value.exit_code) == ("build_failed", 1)
+    assert "g++" in caught.value.hint
+    assert not root.build.exists()
+
+
+def test_a_build_that_fails_names_the_first_error(root: runners.Root, capsys: pytest.CaptureFixture[str]) -> None:
+    (root.source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(x CXX)\nadd_executable(toy-train x.cpp)\n"
+    )
+    (root.source / "x.cpp").write_text("int main() { return nonsense; }\n")
+    with pytest.raises(ToyError, match="nonsense") as caught:
+        runners.ensure_built(["toy-train"])
+    assert caught.value.kind == "build_failed"
+    assert "build.log" in caught.value.hint
+    assert not root.stamp("native").exists()
+    assert os.listdir(root.libexec) == []
+    assert "building toy-train" in capsys.readouterr().err
+
+
+def test_a_build_is_fresh_until_a_source_or_the_runner_changes(root: runners.Root) -> None:
+    (root.source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(x CXX)\nadd_executable(toy-train native/x.cpp)\n"
+        "set_target_properties(toy-train PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${TOY_LIBEXEC})\n"
+    )
+    source = root.source / "native" / "x.cpp"
+    source.write_text("int main() { return 3; }\n")
+    path = runners.ensure_built(["toy-train"], quiet=True)["toy-train"]
+    assert subprocess.run([path], check=False).returncode == 3
+    assert os.listdir(root.libexec) == ["toy-train"], "no temporary file stays"
+    assert runners.build_info()["compiler_version"]
+    begun = time.monotonic()
+    assert runners.is_built(["toy-train"])
+    assert time.monotonic() - begun < 0.1
+    source.write_text("int main() { return 44; }\n")
+    assert not runners.is_built(["toy-train"])
+    runners.ensure_built(["toy-train"], quiet=True)
+    assert subprocess.run([path], check=False).returncode == 44
+    path.write_text("damaged")
+    assert not runners.is_built(["toy-train"])
+
+
+def test_lines_come_whole_and_the_environment_is_built_from_nothing(
+    root: runners.Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    out: list[str] = []
+    name = script(root, "printf 'a\\nb'; sleep 0.2; printf 'c\\nlast'; env >&2")
+    result = runners.launch(name, runners.environment({"STEPS": 7}), on_stdout=out.append)
+    assert out == ["a", "bc", "last"]
+    assert result.returncode == 0
+    assert result.error() is None
+    assert "STEPS=7" in result.stderr
+    assert "CUDA_VISIBLE_DEVICES=3" in result.stderr
+    assert not any(line.startswith("SECRET") for line in result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "code", "message"),
+    [
+        (
+            "echo 'error: the corpus is odd' >&2; echo 'hint: another' >&2; exit 2",
+            "runner_failed",
+            2,
+            "the corpus is odd",
+        ),
+        ("exit 1", "runner_failed", 1, "fake failed with exit code 1"),
+        ("kill -SEGV $$", "runner_failed", 1, "fake was killed by SIGSEGV"),
+        ("exit 130", "interrupted", 130, "interrupted"),
+        ("echo 'error: cannot write x: No space left on device' >&2; exit 1", "disk_full", 1, "No space left"),
+    ],
+)
+def test_how_it_ended(root: runners.Root, text: str, kind: str, code: int, message: str) -> None:
+    error = runners.launch(script(root, text), {}).error()
+    assert error is not None
+    assert (error.kind, error.exit_code) == (kind, code)
+    assert message in error.message
+    assert error.hint
+
+
+def test_only_the_last_lines_of_stderr_are_kept(root: runners.Root) -> None:
+    result = runners.launch(script(root, "i=0; while [ $i -lt 50 ]; do echo line $i >&2; i=$((i+1)); done"), {})
+    assert result.stderr == [f"line {n}" for n in range(30, 50)]
+
+
+def test_a_runner_that_is_not_there(root: runners.Root) -> None:
+    with pytest.raises(ToyError, match="cannot start") as caught:
+        runners.launch("absent", {})
+    assert caught.value.kind == "runner_failed"
+
+
+def interrupt_later(*delays: float) -> None:
+    def run() -> None:
+        for delay in delays:
+            time.sleep(delay)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+PATIENT = (
+    "import signal,sys,time\nsignal.signal(signal.SIGINT, lambda *a: {})\nprint('up', flush=True)\ntime.sleep(30)\n"
+)
+POLITE = PATIENT.replace("{}", "(print('saved', flush=True), sys.exit(130))")
+
+
+def test_one_interrupt_is_passed_on_once(root: runners.Root) -> None:
+    out: list[str] = []
+    told: list[str] = []
+    (root.libexec / "fake.py").write_text(POLITE)
+    name = script(root, f"exec {sys.executable} {root.libexec}/fake.py")
+    interrupt_later(0.7)
+    result = runners.launch(name, runners.environment({}), on_stdout=out.append, on_stop=lambda: told.append("x"))
+    assert out == ["up", "saved"]
+    assert told == ["x"]
+    assert result.stopped
+    assert result.interrupted
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+
+
+def test_the_second_interrupt_kills(root: runners.Root) -> None:
+    (root.libexec / "fake.py").write_text(PATIENT)
+    name = script(root, f"exec {sys.executable} {root.libexec}/fake.py")
+    interrupt_later(0.7, 0.3)
+    begun = time.monotonic()
+    result = runners.launch(name, runners.environment({}))
+    assert time.monotonic() - begun < 5
+    assert result.signal == "SIGKILL"
+    assert result.interrupted
+    error = result.error()
+    assert error is not None
+    assert error.kind == "interrupted"
+
+
+def test_an_exception_in_a_callback_stops_the_runner(root: runners.Root) -> None:
+    (root.libexec / "fake.py").write_text(POLITE)
+    name = script(root, f"exec {sys.executable} {root.libexec}/fake.py")
+
+    def fail(line: str) -> None:
+        raise OSError("disk")
+
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="disk"):
+        runners.launch(name, runners.environment({}), on_stdout=fail)
+    assert time.monotonic() - begun < 5

@@ -1,0 +1,5 @@
+"""`python -m toy` is `toy`."""
+
+from toy.cli import main
+
+main()

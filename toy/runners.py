@@ -1,0 +1,576 @@
+"""Native runners: where their source is, building what is missing (`ensure_built`), and running one (`launch`)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from toy import __version__
+from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ToyError, os_error, shown
+
+# --- places ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Root:
+    """The source of the runners, and where they are built."""
+
+    source: Path
+    build: Path
+    libexec: Path
+
+    def runner(self, target: str, variant: str = "native") -> Path:
+        return (self.libexec / "portable" if variant == "portable" else self.libexec) / target
+
+    def stamp(self, variant: str) -> Path:
+        return self.build / variant / "toy-stamp.json"
+
+
+def _is_source(path: Path) -> bool:
+    return (path / "CMakeLists.txt").is_file() and (path / "native").is_dir() and (path / "vendor-patches").is_dir()
+
+
+def user_cache() -> Path:
+    """`~/.cache/toy`, or where XDG_CACHE_HOME says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toy"
+
+
+def find_root() -> Root:
+    """TOY_HOME, else the checkout that holds this package, else the source inside the installed package."""
+    here = Path(__file__).resolve().parent
+    if home := os.environ.get("TOY_HOME"):
+        source = Path(home).expanduser().absolute()
+        if not _is_source(source):
+            raise ToyError(
+                "missing_file",
+                f"TOY_HOME={home} is not toy's source: it needs CMakeLists.txt, native/ and vendor-patches/",
+                "unset TOY_HOME, or point it at a checkout of toy",
+            )
+    elif _is_source(here.parent):
+        source = here.parent
+    elif _is_source(here / "_src"):
+        source = here / "_src"
+    else:
+        raise ToyError("missing_file", "the source of toy's runners is not found", "set TOY_HOME to a checkout of toy")
+    if source != here / "_src" and os.access(source, os.W_OK):
+        return Root(source, source / "build", source / "libexec")
+    cache = user_cache() / __version__
+    return Root(source, cache / "build", cache / "libexec")
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def wheel_tool(name: str) -> str | None:
+    """cmake or ninja: from its wheel, beside this Python, or on PATH."""
+    with contextlib.suppress(ImportError):
+        module = __import__(name)
+        for attribute in ("CMAKE_BIN_DIR", "BIN_DIR"):
+            folder = getattr(module, attribute, None)
+            if folder and os.access(tool := os.path.join(folder, name), os.X_OK):
+                return tool
+    beside = Path(sysconfig.get_path("scripts")) / name
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
+
+
+def _compiler(variable: str, names: Sequence[str]) -> str | None:
+    if wanted := os.environ.get(variable):
+        return shutil.which(wanted.split()[0])
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that a build would use: CXX, else the first of the usual names."""
+    return _compiler("CXX", ("c++", "g++", "clang++"))
+
+
+def _tools() -> dict[str, str]:
+    cxx, cc = find_compiler(), _compiler("CC", ("cc", "gcc", "clang"))
+    if cxx is None or cc is None:
+        missing = "C++" if cxx is None else "C"
+        variable = "CXX" if cxx is None else "CC"
+        named = f": {variable}={os.environ[variable]} is not found" if os.environ.get(variable) else ""
+        raise ToyError(
+            "build_failed",
+            f"no {missing} compiler on this machine{named}",
+            f"install g++ or clang (Debian: apt install g++; macOS: xcode-select --install), or set {variable}",
+        )
+    tools = {"cxx": cxx, "cc": cc}
+    for name in ("cmake", "ninja"):
+        found = wheel_tool(name)
+        if found is None:
+            raise ToyError("build_failed", f"{name} is not found", f"pip install {name}")
+        tools[name] = found
+    return tools
+
+
+def _fingerprint(root: Root, variant: str) -> str:
+    """What decides whether a build is fresh: every source's size and time, the variant, the compilers."""
+    rows = []
+    folders = [root.source / "native", root.source / "vendor-patches"]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if entry.name not in ("tests", "__pycache__"):
+                        folders.append(Path(entry.path))
+                elif not entry.name.startswith("."):
+                    stat = entry.stat()
+                    rows.append(f"{os.path.relpath(entry.path, root.source)} {stat.st_size} {stat.st_mtime_ns}")
+    stat = (root.source / "CMakeLists.txt").stat()
+    flags = [os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")]
+    compiler = find_compiler()
+    rows += [f"CMakeLists.txt {stat.st_size} {stat.st_mtime_ns}", variant, str(root.source), str(compiler), *flags]
+    return "\n".join(sorted(rows))
+
+
+def _file_mark(path: Path) -> list[int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def build_info(variant: str = "native") -> dict[str, Any]:
+    """What the last build of this variant recorded: compiler, its version, flags."""
+    try:
+        info = json.loads(find_root().stamp(variant).read_text())["info"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def is_built(targets: Sequence[str], variant: str = "native") -> bool:
+    """Whether these runners are there and of these sources."""
+    return _is_fresh(find_root(), targets, variant)
+
+
+def _is_fresh(root: Root, targets: Sequence[str], variant: str) -> bool:
+    try:
+        stamp = json.loads(root.stamp(variant).read_text())
+        built = stamp["targets"]
+        fresh = all(built.get(name) and built[name] == _file_mark(root.runner(name, variant)) for name in targets)
+        return fresh and stamp["fingerprint"] == _fingerprint(root, variant)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def ensure_built(targets: Sequence[str], variant: str = "native", *, quiet: bool = False) -> dict[str, Path]:
+    """The paths of these runners, built first when one is missing or stale. Costs milliseconds when none is.
+
+    Progress goes to stderr, everything else to `build/<variant>/build.log`. A build that fails or is interrupted leaves
+    the runners that were there before, whole. Raises ToyError (build_failed, disk_full, interrupted, missing_file).
+    """
+    root = find_root()
+    paths = {name: root.runner(name, variant) for name in targets}
+    if _is_fresh(root, targets, variant):
+        return paths
+    tools = _tools()
+    folder = root.build / variant
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / "toy-build.lock"):
+            if not _is_fresh(root, targets, variant):  # another toy may have built them meanwhile
+                _build(root, list(targets), variant, tools, quiet)
+    except OSError as error:
+        raise os_error(error, "build the runners") from error
+    return paths
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another toy that is building the runners", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(root: Root, targets: list[str], variant: str, tools: dict[str, str], quiet: bool) -> None:
+    folder = root.build / variant
+    log = folder / "build.log"
+    begun = time.monotonic()
+    fingerprint = _fingerprint(root, variant)
+    cache = folder / "CMakeCache.txt"
+    if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={root.source}\n" not in cache.read_text(errors="replace"):
+        cache.unlink()  # the tree was moved, or another toy of this version built here
+        shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
+    # Linked here first: a runner under libexec/ is only ever replaced whole.
+    linked = folder / "linked"
+    configure = [
+        tools["cmake"], "-S", str(root.source), "-B", str(folder), "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
+        f"-DCMAKE_CXX_COMPILER={tools['cxx']}", f"-DCMAKE_C_COMPILER={tools['cc']}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DTOY_VARIANT={variant}", f"-DTOY_LIBEXEC={linked}", "-DTOY_PYTHON_MODULE=OFF",
+    ]  # fmt: skip
+    from toy.config.resolve import usable_cores
+
+    # ninja itself, not cmake --build: each of its jobs is a process group of its own, and only ninja can end them all
+    compile = [tools["ninja"], "-C", str(folder), "-j", str(usable_cores()), *targets]
+    with log.open("w", encoding="utf-8") as out, _Progress(targets, variant, quiet) as progress:
+        for command in (configure, compile):
+            out.write("$ " + " ".join(command) + "\n")
+            out.flush()
+            code = _logged(command, out, progress)
+            if code != 0:
+                raise _build_error(log)
+    for name in targets:
+        final = root.runner(name, variant)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{name}.{os.getpid()}.tmp")
+        try:
+            shutil.copy2(linked / name, temporary)
+            os.replace(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+    stamp = root.stamp(variant)
+    try:
+        before = json.loads(stamp.read_text())
+        marks = before["targets"] if before["fingerprint"] == fingerprint else {}
+    except (OSError, ValueError, KeyError):
+        marks = {}
+    marks.update({name: _file_mark(root.runner(name, variant)) for name in targets})
+    document = {"fingerprint": fingerprint, "targets": marks, "info": _info(folder, variant, tools["cxx"])}
+    temporary = stamp.with_suffix(".tmp")
+    temporary.write_text(json.dumps(document))
+    os.replace(temporary, stamp)
+    if not quiet:
+        print(f"built {', '.join(targets)} in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+
+
+def compiler_version(compiler: str) -> str:
+    """The first line that `compiler --version` prints."""
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.split("\n", 1)[0].strip()
+
+
+def _info(folder: Path, variant: str, compiler: str) -> dict[str, Any]:
+    """The compiler, its version, and the flags that the training loop was compiled with."""
+    flags = ""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        for entry in json.loads((folder / "compile_commands.json").read_text()):
+            if "/native/engine/" in entry["file"] or "/native/train/" in entry["file"]:
+                words = shlex.split(entry["command"])
+                flags = " ".join(word for word in words if re.match(r"-(O|m|f|std|g$|DNDEBUG$)", word))
+                break
+    return {"variant": variant, "compiler": compiler, "compiler_version": compiler_version(compiler), "flags": flags}
+
+
+def _logged(command: list[str], out: Any, progress: _Progress) -> int:
+    """Run one build command in its own process group, its output into the log. Ctrl-C ends the whole group."""
+    env = {key: value for key, value in os.environ.items() if key not in ("NINJA_STATUS", "CMAKE_GENERATOR")}
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", process_group=0, env=env,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            out.write(line)
+            progress.line(line)
+        out.flush()
+        return process.wait()
+    except BaseException as error:
+        end_group(process)
+        if isinstance(error, KeyboardInterrupt):
+            raise ToyError(
+                "interrupted",
+                "interrupted while the runners were being built",
+                "nothing is left half-built; run it again",
+            ) from None
+        raise
+
+
+def end_group(process: subprocess.Popen[Any], patience: float = 5.0) -> None:
+    """End a process and its children: politely, so that they clean up (ninja ends its jobs), then by force."""
+
+    def gone() -> bool:
+        process.poll()
+        try:
+            os.killpg(process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return process.returncode is not None
+        return False
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            if gone():
+                return
+            time.sleep(0.02)
+
+
+def _build_error(log: Path) -> ToyError:
+    """The first line of the log that says what went wrong."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = "\n".join(lines)
+    if "No space left on device" in text:
+        return ToyError(
+            "disk_full", "the disk is full: the runners could not be built", f"free some space; {shown(log)}"
+        )
+    for n, line in enumerate(lines):
+        if line.startswith("error: "):  # our own fetch.py
+            hint = (
+                lines[n + 1].removeprefix("hint: ") if n + 1 < len(lines) and lines[n + 1].startswith("hint: ") else ""
+            )
+            return ToyError(
+                "build_failed", line.removeprefix("error: "), f"{hint}; the whole log: {shown(log)}".lstrip("; ")
+            )
+    first = next((line for line in lines if re.search(r"(fatal )?error:|undefined reference|ld: ", line)), "")
+    if not first:
+        at = next((n for n, line in enumerate(lines) if line.startswith("CMake Error")), None)
+        if at is not None:
+            first = next((line for line in lines[at + 1 :] if line.strip()), lines[at])
+    first = " ".join((first or (lines[-1] if lines else "no output")).split())
+    return ToyError("build_failed", f"the runners do not build: {first[:300]}", f"the whole log: {shown(log)}")
+
+
+class _Progress:
+    """Build progress on stderr: one moving line on a terminal, a line or two in a pipe."""
+
+    def __init__(self, targets: list[str], variant: str, quiet: bool) -> None:
+        self.text = f"building {', '.join(targets)} ({variant})"
+        self.quiet = quiet
+        self.tty = sys.stderr.isatty() and not quiet
+        self.status: Any = None
+
+    def __enter__(self) -> Self:
+        if self.tty:
+            from rich.console import Console
+
+            self.status = Console(stderr=True, highlight=False).status(self.text)
+            self.status.__enter__()
+        elif not self.quiet:
+            print(f"{self.text}; the first time takes a minute or two", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.status is not None:
+            self.status.__exit__(*exc)
+
+    def line(self, line: str) -> None:
+        if self.status is not None and (match := re.match(r"\[(\d+)/(\d+)\]", line)):
+            self.status.update(f"{self.text}: {match[1]} of {match[2]}")
+        elif line.startswith("fetching "):
+            if self.status is not None:
+                self.status.update(line.strip())
+            elif not self.quiet:
+                print(line.strip(), file=sys.stderr, flush=True)
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+#: What of the caller's environment reaches a runner. Everything else is dropped.
+PASSED = (
+    "PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TMP", "TEMP", "LANG", "LC_ALL", "LC_CTYPE", "TZ",
+    "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES",
+    "GGML_VK_VISIBLE_DEVICES", "VK_ICD_FILENAMES", "VK_DRIVER_FILES", "ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS",
+)  # fmt: skip
+
+TAIL = 20  # lines of stderr that are kept for people
+
+
+def environment(keys: Mapping[str, object], device: str = "cpu") -> dict[str, str]:
+    """A runner's environment, built from nothing: the allow-list, then `keys`."""
+    env = {name: os.environ[name] for name in PASSED if name in os.environ}
+    env.update({key: str(value) for key, value in keys.items()})
+    if device == "metal":
+        env["GGML_METAL_NO_RESIDENCY"] = "1"
+    return env
+
+
+@dataclass
+class Result:
+    """How a runner ended."""
+
+    name: str
+    returncode: int
+    stderr: list[str] = field(default_factory=list)  # its last lines
+    stopped: bool = False  # we passed a SIGINT or SIGTERM on
+    out_of_memory: bool = False
+    seconds: float = 0.0
+
+    @property
+    def signal(self) -> str:
+        """The name of the signal that it died by ("SIGSEGV"), or ""."""
+        if self.returncode >= 0:
+            return ""
+        try:
+            return signal.Signals(-self.returncode).name
+        except ValueError:
+            return f"signal {-self.returncode}"
+
+    @property
+    def interrupted(self) -> bool:
+        return self.returncode == EXIT_INTERRUPTED or (self.stopped and self.returncode < 0)
+
+    def tail(self) -> list[str]:
+        """Its last stderr lines, without the `error:` and `hint:` that become ours."""
+        return [line for line in self.stderr if not line.startswith(("error: ", "hint: "))]
+
+    def error(self, kind: str = "runner_failed") -> ToyError | None:
+        """What to tell the user, or None when it ended well. `kind` is for a failure that it explained itself."""
+        if self.returncode == 0:
+            return None
+        message = next((line[7:] for line in reversed(self.stderr) if line.startswith("error: ")), "")
+        hint = next((line[6:] for line in reversed(self.stderr) if line.startswith("hint: ")), "")
+        if self.interrupted:
+            return ToyError("interrupted", message or f"{self.name} was interrupted", hint or "run it again")
+        if self.signal:
+            if self.out_of_memory:
+                return ToyError(
+                    "oom",
+                    f"{self.name} was killed by {self.signal}: the machine ran out of memory",
+                    "make the batch, the context or the model smaller; `toy train --dry-run` says what it needs",
+                )
+            hint = (
+                "its last words are above; `toy doctor` looks at this machine"
+                if self.tail()
+                else "`toy doctor` looks at this machine"
+            )
+            return ToyError("runner_failed", f"{self.name} was killed by {self.signal}", hint)
+        code = EXIT_BAD_INPUT if self.returncode == EXIT_BAD_INPUT else None
+        if kind == "runner_failed" and any(
+            os.strerror(n) in message for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ):
+            kind = "disk_full"  # where even its last event found no room
+        message = message or f"{self.name} failed with exit code {self.returncode}"
+        return ToyError(kind, message, hint or "`toy doctor` looks at this machine", exit_code=code)
+
+
+def _oom_kills() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+class _Lines:
+    """Whole lines out of a pipe's pieces."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self.take, self.rest = take, b""
+
+    def feed(self, data: bytes) -> None:
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        for line in lines:
+            self.take(line.decode("utf-8", "replace"))
+
+    def close(self) -> None:
+        if self.rest:
+            self.feed(b"\n")
+
+
+def launch(
+    target: str,
+    env: Mapping[str, str],
+    *,
+    variant: str = "native",
+    on_stdout: Callable[[str], None] = lambda line: None,
+    on_stderr: Callable[[str], None] = lambda line: None,
+    on_tick: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
+    cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Result:
+    """Run a built runner to its end, in its own process group and with nothing but `env` in its environment.
+
+    `on_stdout` and `on_stderr` get whole lines as they come, `on_tick` is called about ten times a second. The first
+    Ctrl-C or SIGTERM is passed on as one SIGINT (the runner saves and leaves), the second kills. For the main thread.
+    An exception out of a callback ends the runner in the same way, and is raised again.
+    """
+    path = find_root().runner(target, variant)
+    tail: deque[str] = deque(maxlen=TAIL)
+    before, begun = _oom_kills(), time.monotonic()
+    process: subprocess.Popen[bytes] | None = None
+    stops = 0
+
+    def stop(_number: int = 0, _frame: object = None) -> None:
+        nonlocal stops
+        stops += 1
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGINT if stops == 1 else signal.SIGKILL)
+
+    def stderr_line(line: str) -> None:
+        tail.append(line)
+        on_stderr(line)
+
+    failure: BaseException | None = None
+    told = False
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {
+        number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        try:
+            process = subprocess.Popen(
+                [str(path)], env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, process_group=0, pass_fds=tuple(pass_fds), bufsize=0,
+                restore_signals=False,  # SIGPIPE and SIGXFSZ stay ignored, as Python has them: a full disk is an error
+            )  # fmt: skip
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            hint = "`toy install` builds the runners again"
+            raise ToyError("runner_failed", f"cannot start {path}: {reason}", hint) from error
+        if stops:
+            os.killpg(process.pid, signal.SIGINT)
+        with selectors.DefaultSelector() as selector:
+            for pipe, take in ((process.stdout, on_stdout), (process.stderr, stderr_line)):
+                assert pipe is not None
+                selector.register(pipe, selectors.EVENT_READ, _Lines(take))
+            while selector.get_map():
+                ready = selector.select(0.1)
+                try:
+                    if stops and not told:
+                        told = True
+                        on_stop()
+                    for key, _ in ready:
+                        data = os.read(key.fd, 65536)
+                        if not data:
+                            selector.unregister(key.fileobj)
+                        if failure is None or key.data.take is stderr_line:
+                            key.data.feed(data) if data else key.data.close()
+                    if failure is None:
+                        on_tick()
+                except Exception as error:
+                    failure = failure or error
+                    stop()
+        returncode = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for pipe in (process.stdout, process.stderr) if process else ():
+            if pipe is not None:
+                pipe.close()
+    if failure is not None:
+        raise failure
+    killed = returncode == -signal.SIGKILL and stops < 2
+    return Result(target, returncode, list(tail), stops > 0, killed and _oom_kills() > before, time.monotonic() - begun)
