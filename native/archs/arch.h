@@ -34,4 +34,4 @@ struct arch {
 
 extern const arch ARCH_LLAMA;
 
-} // namespace toy
+}   // namespace toy

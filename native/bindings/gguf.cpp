@@ -8,27 +8,40 @@ namespace py = pybind11;
 
 static py::object kv_value(const gguf_context * g, int64_t id) {
     switch (gguf_get_kv_type(g, id)) {
-        case GGUF_TYPE_UINT8:   return py::int_(gguf_get_val_u8 (g, id));
-        case GGUF_TYPE_INT8:    return py::int_(gguf_get_val_i8 (g, id));
-        case GGUF_TYPE_UINT16:  return py::int_(gguf_get_val_u16(g, id));
-        case GGUF_TYPE_INT16:   return py::int_(gguf_get_val_i16(g, id));
-        case GGUF_TYPE_UINT32:  return py::int_(gguf_get_val_u32(g, id));
-        case GGUF_TYPE_INT32:   return py::int_(gguf_get_val_i32(g, id));
-        case GGUF_TYPE_UINT64:  return py::int_(gguf_get_val_u64(g, id));
-        case GGUF_TYPE_INT64:   return py::int_(gguf_get_val_i64(g, id));
-        case GGUF_TYPE_FLOAT32: return py::float_(gguf_get_val_f32(g, id));
-        case GGUF_TYPE_FLOAT64: return py::float_(gguf_get_val_f64(g, id));
-        case GGUF_TYPE_BOOL:    return py::bool_(gguf_get_val_bool(g, id));
+        case GGUF_TYPE_UINT8:
+            return py::int_(gguf_get_val_u8(g, id));
+        case GGUF_TYPE_INT8:
+            return py::int_(gguf_get_val_i8(g, id));
+        case GGUF_TYPE_UINT16:
+            return py::int_(gguf_get_val_u16(g, id));
+        case GGUF_TYPE_INT16:
+            return py::int_(gguf_get_val_i16(g, id));
+        case GGUF_TYPE_UINT32:
+            return py::int_(gguf_get_val_u32(g, id));
+        case GGUF_TYPE_INT32:
+            return py::int_(gguf_get_val_i32(g, id));
+        case GGUF_TYPE_UINT64:
+            return py::int_(gguf_get_val_u64(g, id));
+        case GGUF_TYPE_INT64:
+            return py::int_(gguf_get_val_i64(g, id));
+        case GGUF_TYPE_FLOAT32:
+            return py::float_(gguf_get_val_f32(g, id));
+        case GGUF_TYPE_FLOAT64:
+            return py::float_(gguf_get_val_f64(g, id));
+        case GGUF_TYPE_BOOL:
+            return py::bool_(gguf_get_val_bool(g, id));
         // vocabularies hold bytes that are not always UTF-8
         case GGUF_TYPE_STRING: {
             const std::string s = gguf_get_val_str(g, id);
             return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(s.data(), s.size(), "surrogateescape"));
         }
-        default:                return py::none();
+        default:
+            return py::none();
     }
 }
 
-template <typename T> static py::list number_list(const void * data, size_t n) {
+template <typename T>
+static py::list number_list(const void * data, size_t n) {
     py::list out(n);
     for (size_t i = 0; i < n; i++) {
         out[i] = py::cast(((const T *) data)[i]);
@@ -42,29 +55,41 @@ static py::object kv_array(const gguf_context * g, int64_t id) {
         py::list out(n);
         for (size_t i = 0; i < n; i++) {
             const std::string s = gguf_get_arr_str(g, id, i);
-            out[i] = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(s.data(), s.size(), "surrogateescape"));
+            out[i]              = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(s.data(), s.size(), "surrogateescape"));
         }
         return out;
     }
     const void * data = gguf_get_arr_data(g, id);
     switch (gguf_get_arr_type(g, id)) {
-        case GGUF_TYPE_UINT8:   return number_list<uint8_t >(data, n);
-        case GGUF_TYPE_INT8:    return number_list<int8_t  >(data, n);
-        case GGUF_TYPE_UINT16:  return number_list<uint16_t>(data, n);
-        case GGUF_TYPE_INT16:   return number_list<int16_t >(data, n);
-        case GGUF_TYPE_UINT32:  return number_list<uint32_t>(data, n);
-        case GGUF_TYPE_INT32:   return number_list<int32_t >(data, n);
-        case GGUF_TYPE_UINT64:  return number_list<uint64_t>(data, n);
-        case GGUF_TYPE_INT64:   return number_list<int64_t >(data, n);
-        case GGUF_TYPE_FLOAT32: return number_list<float   >(data, n);
-        case GGUF_TYPE_FLOAT64: return number_list<double  >(data, n);
-        case GGUF_TYPE_BOOL:    return number_list<bool    >(data, n);
-        default:                return py::none();
+        case GGUF_TYPE_UINT8:
+            return number_list<uint8_t>(data, n);
+        case GGUF_TYPE_INT8:
+            return number_list<int8_t>(data, n);
+        case GGUF_TYPE_UINT16:
+            return number_list<uint16_t>(data, n);
+        case GGUF_TYPE_INT16:
+            return number_list<int16_t>(data, n);
+        case GGUF_TYPE_UINT32:
+            return number_list<uint32_t>(data, n);
+        case GGUF_TYPE_INT32:
+            return number_list<int32_t>(data, n);
+        case GGUF_TYPE_UINT64:
+            return number_list<uint64_t>(data, n);
+        case GGUF_TYPE_INT64:
+            return number_list<int64_t>(data, n);
+        case GGUF_TYPE_FLOAT32:
+            return number_list<float>(data, n);
+        case GGUF_TYPE_FLOAT64:
+            return number_list<double>(data, n);
+        case GGUF_TYPE_BOOL:
+            return number_list<bool>(data, n);
+        default:
+            return py::none();
     }
 }
 
 static py::dict gguf_read(const std::string & path) {
-    toy::gguf_file file(path);
+    toy::gguf_file       file(path);
     const gguf_context * g = file.gguf;
 
     py::dict metadata;
@@ -74,13 +99,13 @@ static py::dict gguf_read(const std::string & path) {
     py::list tensors;
     for (int64_t i = 0; i < gguf_get_n_tensors(g); i++) {
         const ggml_tensor * t = file.tensor(gguf_get_tensor_name(g, i));
-        py::list shape;
+        py::list            shape;
         for (int d = 0; d < ggml_n_dims(t); d++) {
             shape.append(t->ne[d]);
         }
         py::dict e;
-        e["name"]    = t->name;
-        e["shape"]   = shape;
+        e["name"]        = t->name;
+        e["shape"]       = shape;
         std::string type = ggml_type_name(t->type);   // "q4_K" -> "Q4_K": the spelling of llama.cpp's file types
         for (char & c : type) {
             c = toupper(c);

@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include "engine/error.h"
+#include "ggml.h"
 
 namespace py = pybind11;
 
@@ -17,6 +18,8 @@ PYBIND11_MODULE(_native, m) {
             PyErr_SetString(e.exit_code == toy::EXIT_BAD_INPUT ? PyExc_ValueError : PyExc_RuntimeError, text.c_str());
         }
     });
+    // what ggml says on stderr would stand before the one error line that a user gets
+    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     bind_gguf(m);
     bind_trainer(m);
 }

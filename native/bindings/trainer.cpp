@@ -19,9 +19,9 @@ static const toy::arch & find_arch(const std::string & name) {
 }
 
 static py::dict plan(const std::string & config_kv, size_t corpus_tokens) {
-    const toy::session s(toy::config::parse(config_kv), find_arch(toy::config::parse(config_kv).run.arch));
-    const toy::memory_plan m = s.memory(corpus_tokens*sizeof(int32_t));
-    py::list tensors;
+    const toy::session     s(toy::config::parse(config_kv), find_arch(toy::config::parse(config_kv).run.arch));
+    const toy::memory_plan m = s.memory(corpus_tokens * sizeof(int32_t));
+    py::list               tensors;
     for (const toy::param & p : s.w.params) {
         py::dict t;
         t["name"]  = p.name;
@@ -40,7 +40,7 @@ static py::dict plan(const std::string & config_kv, size_t corpus_tokens) {
     d["runtime"]         = m.runtime;
     d["total"]           = m.total();
     d["tokens_per_step"] = s.tokens_per_step();
-    d["flops_per_token"] = 3*s.model.flops_per_token(s.cfg);
+    d["flops_per_token"] = 3 * s.model.flops_per_token(s.cfg);
     d["tensors"]         = tensors;
     return d;
 }
@@ -57,7 +57,7 @@ static py::array_t<float> to_numpy(const ggml_tensor * t) {
 }
 
 static py::array_t<int32_t> to_numpy(const std::vector<int32_t> & v, int64_t T) {
-    py::array_t<int32_t> out(std::vector<py::ssize_t>{ (py::ssize_t) (v.size()/T), (py::ssize_t) T });
+    py::array_t<int32_t> out(std::vector<py::ssize_t>{ (py::ssize_t) (v.size() / T), (py::ssize_t) T });
     std::copy(v.begin(), v.end(), out.mutable_data());
     return out;
 }
@@ -65,71 +65,100 @@ static py::array_t<int32_t> to_numpy(const std::vector<int32_t> & v, int64_t T) 
 void bind_trainer(py::module_ & m) {
     m.def("plan", &plan, py::arg("config_kv"), py::arg("corpus_tokens") = 0,
           "What a configuration needs, in bytes, from the allocated graph (memory is reserved, not touched), with parameters and tokens a step.");
-    m.def("shortest", [](float v) { return toy::shortest(v); }, py::arg("value"), "The shortest decimal that reads back as the same float32: a step line's value.");
+    m.def(
+        "shortest", [](float v) { return toy::shortest(v); }, py::arg("value"),
+        "The shortest decimal that reads back as the same float32: a step line's value.");
     m.def("usable_cores", &toy::usable_cores, "Cores that this process may run on.");
     m.def("ggml_version", []() { return TOY_GGML_VERSION; }, "The ggml release under the patches.");
 
     py::class_<toy::session>(m, "Trainer", "A training session in this process, one step at a time: what a runner's loop drives.")
         .def(py::init([](const std::string & kv, const std::string & corpus, const std::string & val_corpus) {
-            const toy::config cfg = toy::config::parse(kv);
-            auto s = std::make_unique<toy::session>(cfg, find_arch(cfg.run.arch));
-            s->set_data(corpus, val_corpus);
-            s->init_weights();
-            return s;
-        }), py::arg("config_kv"), py::arg("corpus"), py::arg("val_corpus") = "")
-        .def("step", [](toy::session & s) {
-            const toy::step_result r = s.step();
-            py::dict d;
-            d["step"]          = s.steps_done;
-            d["loss"]          = r.loss;
-            d["grad_norm"]     = r.grad_norm;
-            d["learning_rate"] = r.learning_rate;
-            d["bad_tensor"]    = r.bad_tensor;
-            return d;
-        }, "One optimizer step. bad_tensor is not empty when loss or gradient is not finite; then nothing was updated.")
-        .def("loss_and_gradients", &toy::session::loss_and_gradients, "Forward and backward over the next step's batch, without an update. Returns the loss.")
-        .def("evaluate", [](toy::session & s) { return s.evaluate().loss; }, "Mean validation loss, in nats a token.")
-        .def("weights", [](const toy::session & s) {
-            py::dict d;
-            for (const toy::param & p : s.w.params) {
-                d[p.name.c_str()] = to_numpy(p.w);
-            }
-            return d;
-        }, "name -> float32 array (copies), slowest dimension first.")
-        .def("set_weight", [](toy::session & s, const std::string & name, const py::array_t<float, py::array::c_style | py::array::forcecast> & a) {
-            ggml_tensor * t = s.w.lookup()(name);
-            if (!t || a.size() != ggml_nelements(t)) {
-                throw toy::error("bad_flag", toy::EXIT_BAD_INPUT, "no tensor " + name + " of that size", "see weights()");
-            }
-            ggml_backend_tensor_set(t, a.data(), 0, ggml_nbytes(t));
-        }, py::arg("name"), py::arg("value"))
-        .def("gradients", [](const toy::session & s) {
-            py::dict d;
-            for (const toy::param & p : s.w.params) {
-                d[p.name.c_str()] = to_numpy(p.g);
-            }
-            return d;
-        }, "name -> float32 array (copies) of the last step's summed gradients, before clipping.")
-        .def("next_batch", [](toy::session & s) {
-            s.reader->next(s.cfg.train.micro_batch, s.last_batch);
-            return py::make_tuple(to_numpy(s.last_batch.tokens, s.cfg.model.context), to_numpy(s.last_batch.labels, s.cfg.model.context));
-        }, "The next micro-batch as the training would read it: (tokens, labels), [sequences, context]; label -1 is masked. Moves on in the data.")
-        .def("save", [](const toy::session & s, const std::string & dir) {
-            toy::train_state st;
-            st.step = s.steps_done;
-            st.data = s.reader->tell();
-            return toy::checkpoints{ dir }.save(s.cfg, s.w, st);
-        }, py::arg("dir"), "Write a checkpoint under dir; returns its path.")
-        .def("load", [](toy::session & s, const std::string & path) {
-            const toy::train_state st = toy::checkpoints::load(path, s.cfg, s.w);
-            s.steps_done = st.step;
-            s.reader->seek(st.data);
-        }, py::arg("path"), "Go on from a checkpoint directory (checkpoints/step_<N>).");
+                 const toy::config cfg = toy::config::parse(kv);
+                 auto              s   = std::make_unique<toy::session>(cfg, find_arch(cfg.run.arch));
+                 s->set_data(corpus, val_corpus);
+                 s->init_weights();
+                 return s;
+             }),
+             py::arg("config_kv"), py::arg("corpus"), py::arg("val_corpus") = "")
+        .def(
+            "step",
+            [](toy::session & s) {
+                const toy::step_result r = s.step();
+                py::dict               d;
+                d["step"]          = s.steps_done;
+                d["loss"]          = r.loss;
+                d["grad_norm"]     = r.grad_norm;
+                d["learning_rate"] = r.learning_rate;
+                d["bad_tensor"]    = r.bad_tensor;
+                return d;
+            },
+            "One optimizer step. bad_tensor is not empty when loss or gradient is not finite; then nothing was updated.")
+        .def("loss_and_gradients", &toy::session::loss_and_gradients,
+             "Forward and backward over the next step's batch, without an update. Returns the loss.")
+        .def(
+            "evaluate", [](toy::session & s) { return s.evaluate().loss; }, "Mean validation loss, in nats a token.")
+        .def(
+            "weights",
+            [](const toy::session & s) {
+                py::dict d;
+                for (const toy::param & p : s.w.params) {
+                    d[p.name.c_str()] = to_numpy(p.w);
+                }
+                return d;
+            },
+            "name -> float32 array (copies), slowest dimension first.")
+        .def(
+            "set_weight",
+            [](toy::session & s, const std::string & name, const py::array_t<float, py::array::c_style | py::array::forcecast> & a) {
+                ggml_tensor * t = s.w.lookup()(name);
+                if (!t || a.size() != ggml_nelements(t)) {
+                    throw toy::error("bad_flag", toy::EXIT_BAD_INPUT, "no tensor " + name + " of that size", "see weights()");
+                }
+                ggml_backend_tensor_set(t, a.data(), 0, ggml_nbytes(t));
+            },
+            py::arg("name"), py::arg("value"))
+        .def(
+            "gradients",
+            [](const toy::session & s) {
+                py::dict d;
+                for (const toy::param & p : s.w.params) {
+                    d[p.name.c_str()] = to_numpy(p.g);
+                }
+                return d;
+            },
+            "name -> float32 array (copies) of the last step's summed gradients, before clipping.")
+        .def(
+            "next_batch",
+            [](toy::session & s) {
+                s.reader->next(s.cfg.train.micro_batch, s.last_batch);
+                return py::make_tuple(to_numpy(s.last_batch.tokens, s.cfg.model.context), to_numpy(s.last_batch.labels, s.cfg.model.context));
+            },
+            "The next micro-batch as the training would read it: (tokens, labels), [sequences, context]; label -1 is masked. Moves on in the data.")
+        .def(
+            "save",
+            [](const toy::session & s, const std::string & dir) {
+                toy::train_state st;
+                st.step = s.steps_done;
+                st.data = s.reader->tell();
+                return toy::checkpoints{ dir }.save(s.cfg, s.w, st);
+            },
+            py::arg("dir"), "Write a checkpoint under dir; returns its path.")
+        .def(
+            "load",
+            [](toy::session & s, const std::string & path) {
+                const toy::train_state st = toy::checkpoints::load(path, s.cfg, s.w);
+                s.steps_done              = st.step;
+                s.reader->seek(st.data);
+            },
+            py::arg("path"), "Go on from a checkpoint directory (checkpoints/step_<N>).");
 
     py::class_<toy::decoder>(m, "Decoder", "A GGUF model with a KV cache, in this process.")
         .def(py::init<const std::string &, int, int>(), py::arg("path"), py::arg("context") = 0, py::arg("threads") = 1)
-        .def("eval", [](toy::decoder & d, const std::vector<int32_t> & tokens) {
-            const std::vector<float> & l = d.eval(tokens.data(), (int) tokens.size());
-            return py::array_t<float>((py::ssize_t) l.size(), l.data());
-        }, py::arg("tokens"), "Append tokens; returns the logits [vocabulary] after the last one.");
+        .def(
+            "eval",
+            [](toy::decoder & d, const std::vector<int32_t> & tokens) {
+                const std::vector<float> & l = d.eval(tokens.data(), (int) tokens.size());
+                return py::array_t<float>((py::ssize_t) l.size(), l.data());
+            },
+            py::arg("tokens"), "Append tokens; returns the logits [vocabulary] after the last one.");
 }

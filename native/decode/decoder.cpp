@@ -13,9 +13,9 @@ static constexpr int PREFILL_BATCH = 512;
 
 decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads)
     : model(gguf_path), hp(llama_hparams::from_gguf(model.file)), be("cpu", n_threads) {
-    cache.n_ctx = n_ctx > 0 ? n_ctx : hp.n_ctx;
-    const int64_t n_kv = (int64_t) hp.head_dim*hp.n_head_kv;
-    ctx_cache = ggml_init({ /*mem_size =*/ 2*hp.n_layer*ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true });
+    cache.n_ctx        = n_ctx > 0 ? n_ctx : hp.n_ctx;
+    const int64_t n_kv = (int64_t) hp.head_dim * hp.n_head_kv;
+    ctx_cache          = ggml_init({ /*mem_size =*/2 * hp.n_layer * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
     for (int il = 0; il < hp.n_layer; il++) {
         cache.k.push_back(ggml_new_tensor_2d(ctx_cache, GGML_TYPE_F32, n_kv, cache.n_ctx));
         cache.v.push_back(ggml_new_tensor_2d(ctx_cache, GGML_TYPE_F32, cache.n_ctx, n_kv));
@@ -25,9 +25,9 @@ decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads)
         ggml_free(ctx_cache);
         throw error("oom", EXIT_FAILED, format("cannot allocate a KV cache for %d tokens", cache.n_ctx), "lower --context");
     }
-    galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
-    const size_t graph_size = 64*(hp.n_layer + 2);
-    graph_mem.resize(graph_size*ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false));
+    galloc                  = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
+    const size_t graph_size = 64 * (hp.n_layer + 2);
+    graph_mem.resize(graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false));
 }
 
 decoder::~decoder() {
@@ -37,12 +37,12 @@ decoder::~decoder() {
 }
 
 void decoder::eval_batch(const int32_t * tokens, int n) {
-    const int S = cache.n_past + n;
-    ggml_context * ctx = ggml_init({ graph_mem.size(), graph_mem.data(), /*no_alloc =*/ true });
-    ggml_cgraph *  gf  = ggml_new_graph_custom(ctx, 64*(hp.n_layer + 2), false);
-    ggml_tensor * t_tokens    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-    ggml_tensor * t_positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-    ggml_tensor * t_mask      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, S, n);
+    const int      S           = cache.n_past + n;
+    ggml_context * ctx         = ggml_init({ graph_mem.size(), graph_mem.data(), /*no_alloc =*/true });
+    ggml_cgraph *  gf          = ggml_new_graph_custom(ctx, 64 * (hp.n_layer + 2), false);
+    ggml_tensor *  t_tokens    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    ggml_tensor *  t_positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    ggml_tensor *  t_mask      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, S, n);
     for (ggml_tensor * t : { t_tokens, t_positions, t_mask }) {
         ggml_set_input(t);
     }
@@ -55,19 +55,19 @@ void decoder::eval_batch(const int32_t * tokens, int n) {
     }
 
     std::vector<int32_t> positions(n);
-    std::vector<float>   mask((size_t) S*n);
+    std::vector<float>   mask((size_t) S * n);
     for (int i = 0; i < n; i++) {
         positions[i] = cache.n_past + i;
         for (int j = 0; j < S; j++) {
-            mask[(size_t) i*S + j] = j <= cache.n_past + i ? 0.0f : -INFINITY;
+            mask[(size_t) i * S + j] = j <= cache.n_past + i ? 0.0f : -INFINITY;
         }
     }
-    ggml_backend_tensor_set(t_tokens, tokens, 0, n*sizeof(int32_t));
-    ggml_backend_tensor_set(t_positions, positions.data(), 0, n*sizeof(int32_t));
-    ggml_backend_tensor_set(t_mask, mask.data(), 0, mask.size()*sizeof(float));
+    ggml_backend_tensor_set(t_tokens, tokens, 0, n * sizeof(int32_t));
+    ggml_backend_tensor_set(t_positions, positions.data(), 0, n * sizeof(int32_t));
+    ggml_backend_tensor_set(t_mask, mask.data(), 0, mask.size() * sizeof(float));
     be.compute(gf);
     logits.resize(hp.n_vocab);
-    ggml_backend_tensor_get(out, logits.data(), 0, logits.size()*sizeof(float));
+    ggml_backend_tensor_get(out, logits.data(), 0, logits.size() * sizeof(float));
     cache.n_past = S;
     ggml_free(ctx);
 }
@@ -85,9 +85,8 @@ const std::vector<float> & decoder::eval(const int32_t * tokens, int n) {
 
 static void sort_best_first(std::vector<int32_t> & ids, const std::vector<float> & logits, size_t k) {
     k = std::min(k, ids.size());
-    std::partial_sort(ids.begin(), ids.begin() + k, ids.end(), [&](int32_t a, int32_t b) {
-        return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-    });
+    std::partial_sort(ids.begin(), ids.begin() + k, ids.end(),
+                      [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
     ids.resize(k);
 }
 
@@ -96,7 +95,7 @@ std::vector<candidate> top_logprobs(const std::vector<float> & logits, int k) {
     std::iota(ids.begin(), ids.end(), 0);
     sort_best_first(ids, logits, k);
     const double max = *std::max_element(logits.begin(), logits.end());
-    double sum = 0;
+    double       sum = 0;
     for (const float l : logits) {
         sum += std::exp(l - max);
     }
@@ -116,21 +115,21 @@ int32_t sampler::sample(const std::vector<float> & logits) {
     sort_best_first(ids, logits, top_k > 0 ? top_k : logits.size());
 
     std::vector<double> p(ids.size());
-    double sum = 0;
+    double              sum = 0;
     for (size_t i = 0; i < ids.size(); i++) {
-        p[i] = std::exp((logits[ids[i]] - logits[ids[0]])/temperature);
+        p[i] = std::exp((logits[ids[i]] - logits[ids[0]]) / temperature);
         sum += p[i];
     }
     if (top_p < 1.0f) {   // the smallest set of the most likely that holds top_p of the mass
         double mass = 0;
         size_t n    = 0;
-        while (n < p.size() && mass < top_p*sum) {
+        while (n < p.size() && mass < top_p * sum) {
             mass += p[n++];
         }
         p.resize(std::max<size_t>(n, 1));
         sum = std::accumulate(p.begin(), p.end(), 0.0);
     }
-    double u = rng(seed, "sample").uniform(n_drawn++)*sum;
+    double u = rng(seed, "sample").uniform(n_drawn++) * sum;
     for (size_t i = 0; i < p.size(); i++) {
         u -= p[i];
         if (u <= 0) {
@@ -140,4 +139,4 @@ int32_t sampler::sample(const std::vector<float> & logits) {
     return ids[p.size() - 1];
 }
 
-} // namespace toy
+}   // namespace toy

@@ -3,8 +3,8 @@
 
 #include "archs/llama.h"
 #include "engine/backend.h"
-#include "ggml-alloc.h"
 #include "engine/model-file.h"
+#include "ggml-alloc.h"
 
 #include <vector>
 
@@ -52,4 +52,4 @@ struct sampler {
     int32_t sample(const std::vector<float> & logits);
 };
 
-} // namespace toy
+}   // namespace toy

@@ -3,10 +3,10 @@
 #include "error.h"
 #include "ggml-cpu.h"
 
-#include <cstdio>
 #include <sys/resource.h>
-#include <thread>
 #include <unistd.h>
+#include <cstdio>
+#include <thread>
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -17,11 +17,11 @@ backend::backend(const std::string & device, int n_threads) : n_threads(n_thread
     if (device != "cpu") {
         throw error("not_available", EXIT_BAD_INPUT, format("this runner computes on the cpu, not on %s", device.c_str()), "use --device cpu");
     }
-    handle = ggml_backend_cpu_init();
+    handle                        = ggml_backend_cpu_init();
     // one pool for the whole run; more threads than cores must not spin, or the one that is needed cannot run
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
-    params.poll = n_threads > usable_cores() ? 0 : 50;
-    pool = ggml_threadpool_new(&params);
+    params.poll                   = n_threads > usable_cores() ? 0 : 50;
+    pool                          = ggml_threadpool_new(&params);
     ggml_backend_cpu_set_n_threads(handle, n_threads);
     ggml_backend_cpu_set_threadpool(handle, pool);
 }
@@ -37,7 +37,8 @@ void backend::compute(ggml_cgraph * graph) {
         throw error("oom", EXIT_FAILED, "out of memory while computing", "lower train.micro_batch, model.context or model.n_embd");
     }
     if (status != GGML_STATUS_SUCCESS) {
-        throw error("runner_failed", EXIT_FAILED, format("the graph did not compute (%s)", ggml_status_to_string(status)), "please report this with the run's config.json");
+        throw error("runner_failed", EXIT_FAILED, format("the graph did not compute (%s)", ggml_status_to_string(status)),
+                    "please report this with the run's config.json");
     }
 }
 
@@ -59,10 +60,10 @@ int usable_cores() {
 size_t resident_bytes() {
     if (FILE * f = fopen("/proc/self/statm", "r")) {
         unsigned long size, resident = 0;
-        const int n = fscanf(f, "%lu %lu", &size, &resident);
+        const int     n = fscanf(f, "%lu %lu", &size, &resident);
         fclose(f);
         if (n == 2) {
-            return resident*sysconf(_SC_PAGESIZE);
+            return resident * sysconf(_SC_PAGESIZE);
         }
     }
     return peak_resident_bytes();
@@ -77,7 +78,7 @@ size_t peak_resident_bytes() {
         }
         fclose(f);
         if (kib > 0) {
-            return kib*1024;
+            return kib * 1024;
         }
     }
     struct rusage ru;
@@ -85,8 +86,8 @@ size_t peak_resident_bytes() {
 #ifdef __APPLE__
     return ru.ru_maxrss;
 #else
-    return (size_t) ru.ru_maxrss*1024;
+    return (size_t) ru.ru_maxrss * 1024;
 #endif
 }
 
-} // namespace toy
+}   // namespace toy

@@ -19,15 +19,15 @@ struct backend {
     backend(const backend &)             = delete;
     backend & operator=(const backend &) = delete;
 
-    void   compute(ggml_cgraph * graph);                   // throws toy::error (runner_failed)
-    size_t work_bytes(ggml_cgraph * graph) const;          // scratch that compute() needs besides the graph's own buffer
+    void   compute(ggml_cgraph * graph);            // throws toy::error (runner_failed)
+    size_t work_bytes(ggml_cgraph * graph) const;   // scratch that compute() needs besides the graph's own buffer
 
   private:
     ggml_threadpool * pool = nullptr;
 };
 
-int    usable_cores();         // those this process may run on
-size_t resident_bytes();       // now
+int    usable_cores();     // those this process may run on
+size_t resident_bytes();   // now
 size_t peak_resident_bytes();
 
-} // namespace toy
+}   // namespace toy

@@ -25,8 +25,8 @@ static void write_state(const std::string & path, const config & cfg, const weig
     out.set_str("general.type", "toy.checkpoint");
     out.set_u32("toy.checkpoint.version", 1);
     out.set_u64("toy.step", st.step);
-    out.set_u64("toy.seed", cfg.run.seed);            // the random state: every number is a hash of seed, stream and index
-    out.set_u64("toy.data.epoch", st.data.epoch);     // the permutation is that of (seed, epoch)
+    out.set_u64("toy.seed", cfg.run.seed);          // the random state: every number is a hash of seed, stream and index
+    out.set_u64("toy.data.epoch", st.data.epoch);   // the permutation is that of (seed, epoch)
     out.set_u64("toy.data.index", st.data.index);
     out.set_f64("toy.best_val_loss", st.best_val_loss);
     out.set_u64("toy.best_step", st.best_step);
@@ -56,7 +56,7 @@ std::string checkpoints::save(const config & cfg, const weights & w, const train
     try {
         make_dir(tmp);
         write_state(tmp + "/state.gguf", cfg, w, st);
-        atomic_file done(tmp + "/DONE");
+        atomic_file       done(tmp + "/DONE");
         const std::string text = std::to_string(st.step) + "\n";
         done.write(text.data(), text.size());
         done.commit();
@@ -84,8 +84,8 @@ void checkpoints::mark_best(int64_t step) {
 void checkpoints::prune(int keep, int64_t best_step) {
     std::vector<int64_t> steps;
     for (const auto & e : fs::directory_iterator(dir)) {
-        long long step;
-        int       end = 0;
+        long long         step;
+        int               end  = 0;
         const std::string name = e.path().filename().string();
         if (!e.is_symlink() && sscanf(name.c_str(), "step_%lld%n", &step, &end) == 1 && end == (int) name.size()) {
             steps.push_back(step);
@@ -110,7 +110,8 @@ static void read_tensor(FILE * f, const gguf_file & file, const std::string & na
     for (size_t at = 0; at < ggml_nbytes(into); at += buf.size()) {
         const size_t len = std::min(buf.size(), ggml_nbytes(into) - at);
         if (fread(buf.data(), 1, len, f) != len) {
-            throw error("bad_file", EXIT_BAD_INPUT, format("cannot read %s: %s", file.path.c_str(), strerror(errno)), "resume from another checkpoint");
+            throw error("bad_file", EXIT_BAD_INPUT, format("cannot read %s: %s", file.path.c_str(), strerror(errno)),
+                        "resume from another checkpoint");
         }
         ggml_backend_tensor_set(into, buf.data(), at, len);
     }
@@ -123,20 +124,25 @@ train_state checkpoints::load(const std::string & path, const config & cfg, weig
     }
     const gguf_file file(path + "/state.gguf");
     if (file.get_str("general.type", "") != "toy.checkpoint") {
-        throw error("bad_file", EXIT_BAD_INPUT, format("%s is not a checkpoint of toy", file.path.c_str()), "name a directory checkpoints/step_<N> of a run");
+        throw error("bad_file", EXIT_BAD_INPUT, format("%s is not a checkpoint of toy", file.path.c_str()),
+                    "name a directory checkpoints/step_<N> of a run");
     }
     const auto u64 = [&](const char * key) { return gguf_get_val_u64(file.gguf, gguf_find_key(file.gguf, key)); };
-    for (const char * key : { "toy.step", "toy.data.epoch", "toy.data.index", "toy.best_step", "toy.evals_since_best", "toy.config_hash", "toy.trainable_hash" }) {
+    for (const char * key :
+         { "toy.step", "toy.data.epoch", "toy.data.index", "toy.best_step", "toy.evals_since_best", "toy.config_hash", "toy.trainable_hash" }) {
         const int64_t id = gguf_find_key(file.gguf, key);
         if (id < 0 || gguf_get_kv_type(file.gguf, id) != GGUF_TYPE_UINT64) {
-            throw error("bad_file", EXIT_BAD_INPUT, format("%s has no %s", file.path.c_str(), key), "the checkpoint is damaged: resume from another one");
+            throw error("bad_file", EXIT_BAD_INPUT, format("%s has no %s", file.path.c_str(), key),
+                        "the checkpoint is damaged: resume from another one");
         }
     }
     if (u64("toy.trainable_hash") != w.names_hash()) {
-        throw error("resume_mismatch", EXIT_BAD_INPUT, format("%s trains other tensors than this configuration", path.c_str()), "resume with the model the run was started with");
+        throw error("resume_mismatch", EXIT_BAD_INPUT, format("%s trains other tensors than this configuration", path.c_str()),
+                    "resume with the model the run was started with");
     }
     if (u64("toy.config_hash") != cfg.hash()) {
-        throw error("resume_mismatch", EXIT_BAD_INPUT, format("%s was made with other model, data or train knobs", path.c_str()), "resume with the run's own config.json");
+        throw error("resume_mismatch", EXIT_BAD_INPUT, format("%s was made with other model, data or train knobs", path.c_str()),
+                    "resume with the run's own config.json");
     }
     FILE * f = fopen(file.path.c_str(), "rb");
     if (!f) {
@@ -144,7 +150,7 @@ train_state checkpoints::load(const std::string & path, const config & cfg, weig
     }
     try {
         for (const param & p : w.params) {
-            read_tensor(f, file, p.name,        p.w);
+            read_tensor(f, file, p.name, p.w);
             read_tensor(f, file, p.name + ".m", p.m);
             read_tensor(f, file, p.name + ".v", p.v);
         }
@@ -154,12 +160,12 @@ train_state checkpoints::load(const std::string & path, const config & cfg, weig
     }
     fclose(f);
     train_state st;
-    st.step          = (int64_t) u64("toy.step");
-    st.data          = { u64("toy.data.epoch"), u64("toy.data.index") };
-    st.best_val_loss = file.get_num("toy.best_val_loss", 1e300);
-    st.best_step     = (int64_t) u64("toy.best_step");
+    st.step             = (int64_t) u64("toy.step");
+    st.data             = { u64("toy.data.epoch"), u64("toy.data.index") };
+    st.best_val_loss    = file.get_num("toy.best_val_loss", 1e300);
+    st.best_step        = (int64_t) u64("toy.best_step");
     st.evals_since_best = (int64_t) u64("toy.evals_since_best");
     return st;
 }
 
-} // namespace toy
+}   // namespace toy

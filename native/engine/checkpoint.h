@@ -16,14 +16,14 @@ namespace toy {
 struct train_state {
     int64_t              step = 0;
     window_reader::state data;
-    double               best_val_loss = 1e300;
-    int64_t              best_step     = 0;
+    double               best_val_loss    = 1e300;
+    int64_t              best_step        = 0;
     int64_t              evals_since_best = 0;
 };
 
 // Where checkpoints of a run go, and which of them stay (checkpoint.keep last ones, and the best).
 struct checkpoints {
-    std::string dir;       // runs/<id>/checkpoints
+    std::string dir;   // runs/<id>/checkpoints
 
     // Returns the checkpoint's directory. Throws toy::error (disk_full) before anything is written when there is no room.
     std::string save(const config & cfg, const weights & w, const train_state & st);
@@ -35,4 +35,4 @@ struct checkpoints {
     static train_state load(const std::string & path, const config & cfg, weights & w);
 };
 
-} // namespace toy
+}   // namespace toy

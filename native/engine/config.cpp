@@ -10,7 +10,8 @@
 
 namespace toy {
 
-template <typename F> void config::each(F && f) {
+template <typename F>
+void config::each(F && f) {
     f("run.recipe", run.recipe);
     f("run.arch", run.arch);
     f("run.device", run.device);
@@ -74,7 +75,8 @@ static void read_value(const std::string & key, const std::string & text, bool &
     out = text == "true";
 }
 
-template <typename T> static void read_value(const std::string & key, const std::string & text, T & out) {
+template <typename T>
+static void read_value(const std::string & key, const std::string & text, T & out) {
     // from_chars: no locale, the whole value, correctly rounded
     const auto res = std::from_chars(text.data(), text.data() + text.size(), out);
     if (res.ec != std::errc() || res.ptr != text.data() + text.size()) {
@@ -84,7 +86,7 @@ template <typename T> static void read_value(const std::string & key, const std:
 
 config config::parse(const std::string & text) {
     std::map<std::string, std::string> kv;
-    std::istringstream in(text);
+    std::istringstream                 in(text);
     for (std::string line; std::getline(in, line);) {
         const size_t eq = line.find('=');
         if (line.empty() || line[0] == '#') {
@@ -134,4 +136,4 @@ uint64_t config::hash() const {
     return h;
 }
 
-} // namespace toy
+}   // namespace toy

@@ -49,14 +49,15 @@ struct config {
         std::string trackers;
     } log;
 
-    static config parse(const std::string & text);          // throws toy::error (bad_config)
-    static config load(const std::string & path);           // throws toy::error (missing_file, bad_config)
+    static config parse(const std::string & text);   // throws toy::error (bad_config)
+    static config load(const std::string & path);    // throws toy::error (missing_file, bad_config)
 
     // what a resumed run must share with the checkpoint: a hash over the model, data and train sections
     uint64_t hash() const;
 
   private:
-    template <typename F> void each(F && f);
+    template <typename F>
+    void each(F && f);
 };
 
-} // namespace toy
+}   // namespace toy

@@ -18,7 +18,7 @@ struct token_file {
     token_file(const token_file &)             = delete;
     token_file & operator=(const token_file &) = delete;
 
-    int32_t max_token() const;    // reads the whole file
+    int32_t max_token() const;   // reads the whole file
 };
 
 // One batch: n_seq windows of T inputs and T labels. labels[i] = -1: masked, no loss there.
@@ -36,21 +36,21 @@ struct window_reader {
     };
 
     const int32_t * tokens;
-    size_t          n;         // tokens in the training part
+    size_t          n;   // tokens in the training part
     int             T;
     uint64_t        seed;
     bool            shuffle;
 
     window_reader(const int32_t * tokens, size_t n, int T, uint64_t seed, bool shuffle);
 
-    void  next(int n_seq, batch & out);        // goes on into the next epoch
+    void  next(int n_seq, batch & out);   // goes on into the next epoch
     state tell() const { return at; }
     void  seek(const state & to);
 
   private:
     state                 at;
     size_t                offset = 0;
-    std::vector<uint32_t> order;               // the permutation of this epoch, rebuilt from (seed, epoch)
+    std::vector<uint32_t> order;   // the permutation of this epoch, rebuilt from (seed, epoch)
 
     void begin_epoch();
 };
@@ -61,8 +61,8 @@ struct eval_reader {
     size_t          n;
     int             T;
 
-    int64_t n_windows() const { return n > 1 ? (int64_t) ((n - 1 + T - 1)/T) : 0; }
+    int64_t n_windows() const { return n > 1 ? (int64_t) ((n - 1 + T - 1) / T) : 0; }
     void    read(int64_t first, int64_t stride, int64_t end, int n_seq, batch & out) const;   // windows first, first + stride, … below end
 };
 
-} // namespace toy
+}   // namespace toy

@@ -14,7 +14,7 @@ constexpr int EXIT_BAD_INPUT   = 2;
 constexpr int EXIT_INTERRUPTED = 130;
 
 struct error : std::runtime_error {
-    std::string kind;       // one of toy/errors.py KINDS
+    std::string kind;   // one of toy/errors.py KINDS
     std::string hint;
     int         exit_code;
 
@@ -29,7 +29,7 @@ inline std::string format(const char * fmt, ...) {
     va_list ap, ap2;
     va_start(ap, fmt);
     va_copy(ap2, ap);
-    const int n = vsnprintf(nullptr, 0, fmt, ap);
+    const int   n = vsnprintf(nullptr, 0, fmt, ap);
     std::string s(n > 0 ? n : 0, '\0');
     if (n > 0) {
         vsnprintf(&s[0], n + 1, fmt, ap2);
@@ -39,4 +39,4 @@ inline std::string format(const char * fmt, ...) {
     return s;
 }
 
-} // namespace toy
+}   // namespace toy

@@ -9,14 +9,19 @@
 
 namespace toy {
 
-template <typename T> static std::string to_shortest(T v) {
-    char buf[64];
+template <typename T>
+static std::string to_shortest(T v) {
+    char       buf[64];
     const auto res = std::to_chars(buf, buf + sizeof(buf), v);
     return std::string(buf, res.ptr);
 }
 
-std::string shortest(float v)  { return to_shortest(v); }
-std::string shortest(double v) { return to_shortest(v); }
+std::string shortest(float v) {
+    return to_shortest(v);
+}
+std::string shortest(double v) {
+    return to_shortest(v);
+}
 
 std::string json_string(const std::string & s) {
     std::string out = "\"";
@@ -38,17 +43,25 @@ json_object & json_object::raw(const char * key, const std::string & json) {
     return *this;
 }
 
-json_object & json_object::num(const char * key, double v) { return raw(key, std::isfinite(v) ? shortest(v) : "null"); }
-json_object & json_object::num(const char * key, float v)  { return raw(key, std::isfinite(v) ? shortest(v) : "null"); }
+json_object & json_object::num(const char * key, double v) {
+    return raw(key, std::isfinite(v) ? shortest(v) : "null");
+}
+json_object & json_object::num(const char * key, float v) {
+    return raw(key, std::isfinite(v) ? shortest(v) : "null");
+}
 
 static double clock_time(clockid_t id) {
     struct timespec ts;
     clock_gettime(id, &ts);
-    return ts.tv_sec + 1e-9*ts.tv_nsec;
+    return ts.tv_sec + 1e-9 * ts.tv_nsec;
 }
 
-double unix_time()      { return clock_time(CLOCK_REALTIME); }
-double monotonic_time() { return clock_time(CLOCK_MONOTONIC); }
+double unix_time() {
+    return clock_time(CLOCK_REALTIME);
+}
+double monotonic_time() {
+    return clock_time(CLOCK_MONOTONIC);
+}
 
 events_writer::events_writer(const std::string & path) : path(path), file(fopen(path.c_str(), "ae")) {
     if (!file) {
@@ -73,4 +86,4 @@ void events_writer::write(const json_object & event) {
     }
 }
 
-} // namespace toy
+}   // namespace toy

@@ -7,7 +7,7 @@
 
 namespace toy {
 
-std::string shortest(float v);    // the shortest decimal that reads back as the same float32
+std::string shortest(float v);   // the shortest decimal that reads back as the same float32
 std::string shortest(double v);
 std::string json_string(const std::string & s);
 
@@ -19,12 +19,12 @@ struct json_object {
     json_object & str(const char * key, const std::string & v) { return raw(key, json_string(v)); }
     json_object & num(const char * key, double v);
     json_object & num(const char * key, float v);
-    json_object & num(const char * key, int64_t v)             { return raw(key, std::to_string(v)); }
-    json_object & num(const char * key, int v)                 { return raw(key, std::to_string(v)); }
-    json_object & num(const char * key, size_t v)              { return raw(key, std::to_string(v)); }
-    json_object & flag(const char * key, bool v)               { return raw(key, v ? "true" : "false"); }
-    json_object & null(const char * key)                       { return raw(key, "null"); }
-    std::string done() const                                   { return text + "}"; }
+    json_object & num(const char * key, int64_t v) { return raw(key, std::to_string(v)); }
+    json_object & num(const char * key, int v) { return raw(key, std::to_string(v)); }
+    json_object & num(const char * key, size_t v) { return raw(key, std::to_string(v)); }
+    json_object & flag(const char * key, bool v) { return raw(key, v ? "true" : "false"); }
+    json_object & null(const char * key) { return raw(key, "null"); }
+    std::string   done() const { return text + "}"; }
 };
 
 struct events_writer {
@@ -33,8 +33,8 @@ struct events_writer {
     events_writer(const events_writer &)             = delete;
     events_writer & operator=(const events_writer &) = delete;
 
-    json_object begin(const char * kind) const;   // schema, kind and time are in it
-    void        write(const json_object & event); // one line, flushed; throws toy::error (disk_full)
+    json_object begin(const char * kind) const;     // schema, kind and time are in it
+    void        write(const json_object & event);   // one line, flushed; throws toy::error (disk_full)
 
   private:
     std::string path;
@@ -44,4 +44,4 @@ struct events_writer {
 double unix_time();
 double monotonic_time();
 
-} // namespace toy
+}   // namespace toy

@@ -2,13 +2,13 @@
 
 #include "error.h"
 
-#include <cerrno>
-#include <cstring>
 #include <fcntl.h>
-#include <filesystem>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
 
 namespace toy {
 
@@ -48,7 +48,7 @@ void atomic_file::write(const void * data, size_t size) {
         if (n <= 0) {
             throw_io("write", path);
         }
-        p    += n;
+        p += n;
         size -= n;
     }
 }
@@ -103,7 +103,7 @@ bool exists(const std::string & path) {
 
 size_t free_bytes(const std::string & path) {
     struct statvfs vfs;
-    return statvfs(path.c_str(), &vfs) == 0 ? (size_t) vfs.f_bavail*vfs.f_frsize : SIZE_MAX;
+    return statvfs(path.c_str(), &vfs) == 0 ? (size_t) vfs.f_bavail * vfs.f_frsize : SIZE_MAX;
 }
 
-} // namespace toy
+}   // namespace toy

@@ -24,11 +24,11 @@ struct atomic_file {
 
 [[noreturn]] void throw_io(const char * doing, const std::string & path);   // from errno
 
-void make_dir(const std::string & path);                 // existing is fine
-void sync_dir(const std::string & path);                 // so that a rename in it survives a power cut
-void remove_all(const std::string & path);               // absent is fine
-void replace_link(const std::string & target, const std::string & link);   // atomically
-bool exists(const std::string & path);
-size_t free_bytes(const std::string & path);             // space left for this user on the disk of `path`
+void   make_dir(const std::string & path);                                   // existing is fine
+void   sync_dir(const std::string & path);                                   // so that a rename in it survives a power cut
+void   remove_all(const std::string & path);                                 // absent is fine
+void   replace_link(const std::string & target, const std::string & link);   // atomically
+bool   exists(const std::string & path);
+size_t free_bytes(const std::string & path);   // space left for this user on the disk of `path`
 
-} // namespace toy
+}   // namespace toy

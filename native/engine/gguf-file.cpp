@@ -4,10 +4,10 @@
 #include "files.h"
 #include "ggml-backend.h"
 
+#include <sys/stat.h>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
-#include <sys/stat.h>
 
 namespace toy {
 
@@ -37,8 +37,8 @@ gguf_file::gguf_file(const std::string & path) : path(path) {
         throw error("missing_file", EXIT_BAD_INPUT, format("cannot open %s: %s", path.c_str(), strerror(errno)),
                     "name a GGUF file that exists; `toy list` shows those on this machine");
     }
-    file_size = st.st_size;
-    char magic[4] = {0};
+    file_size     = st.st_size;
+    char magic[4] = { 0 };
     if (FILE * f = S_ISREG(st.st_mode) ? fopen(path.c_str(), "rb") : nullptr) {
         const size_t n = fread(magic, 1, 4, f);
         fclose(f);
@@ -52,17 +52,17 @@ gguf_file::gguf_file(const std::string & path) : path(path) {
     }
 
     std::lock_guard<std::mutex> lock(g_log_mutex);
-    ggml_log_callback old_cb;
-    void *            old_data;
+    ggml_log_callback           old_cb;
+    void *                      old_data;
     ggml_log_get(&old_cb, &old_data);
     g_log_first.clear();
     ggml_log_set(keep_first_line, nullptr);
-    gguf_init_params params = { /*no_alloc =*/ true, /*ctx =*/ &ctx };
-    gguf = gguf_init_from_file(path.c_str(), params);
+    gguf_init_params params = { /*no_alloc =*/true, /*ctx =*/&ctx };
+    gguf                    = gguf_init_from_file(path.c_str(), params);
     ggml_log_set(old_cb, old_data);
     if (!gguf) {
-        throw error("bad_file", EXIT_BAD_INPUT, format("%s is not a readable GGUF: %s", path.c_str(),
-                    g_log_first.empty() ? "unknown reason" : g_log_first.c_str()), HINT_BAD);
+        throw error("bad_file", EXIT_BAD_INPUT,
+                    format("%s is not a readable GGUF: %s", path.c_str(), g_log_first.empty() ? "unknown reason" : g_log_first.c_str()), HINT_BAD);
     }
     const int64_t n = gguf_get_n_tensors(gguf);
     for (int64_t i = 0; i < n; i++) {
@@ -71,8 +71,10 @@ gguf_file::gguf_file(const std::string & path) : path(path) {
             const std::string name = gguf_get_tensor_name(gguf, i);
             gguf_free(gguf);
             ggml_free(ctx);
-            throw error("bad_file", EXIT_BAD_INPUT, format("%s is truncated: tensor %s ends at byte %llu of %llu", path.c_str(), name.c_str(),
-                        (unsigned long long) end, (unsigned long long) file_size), HINT_BAD);
+            throw error("bad_file", EXIT_BAD_INPUT,
+                        format("%s is truncated: tensor %s ends at byte %llu of %llu", path.c_str(), name.c_str(), (unsigned long long) end,
+                               (unsigned long long) file_size),
+                        HINT_BAD);
         }
     }
 }
@@ -97,18 +99,30 @@ double gguf_file::get_num(const std::string & key, double def) const {
         return def;
     }
     switch (gguf_get_kv_type(gguf, id)) {
-        case GGUF_TYPE_UINT8:   return gguf_get_val_u8  (gguf, id);
-        case GGUF_TYPE_INT8:    return gguf_get_val_i8  (gguf, id);
-        case GGUF_TYPE_UINT16:  return gguf_get_val_u16 (gguf, id);
-        case GGUF_TYPE_INT16:   return gguf_get_val_i16 (gguf, id);
-        case GGUF_TYPE_UINT32:  return gguf_get_val_u32 (gguf, id);
-        case GGUF_TYPE_INT32:   return gguf_get_val_i32 (gguf, id);
-        case GGUF_TYPE_UINT64:  return (double) gguf_get_val_u64(gguf, id);
-        case GGUF_TYPE_INT64:   return (double) gguf_get_val_i64(gguf, id);
-        case GGUF_TYPE_FLOAT32: return gguf_get_val_f32 (gguf, id);
-        case GGUF_TYPE_FLOAT64: return gguf_get_val_f64 (gguf, id);
-        case GGUF_TYPE_BOOL:    return gguf_get_val_bool(gguf, id);
-        default:                return def;
+        case GGUF_TYPE_UINT8:
+            return gguf_get_val_u8(gguf, id);
+        case GGUF_TYPE_INT8:
+            return gguf_get_val_i8(gguf, id);
+        case GGUF_TYPE_UINT16:
+            return gguf_get_val_u16(gguf, id);
+        case GGUF_TYPE_INT16:
+            return gguf_get_val_i16(gguf, id);
+        case GGUF_TYPE_UINT32:
+            return gguf_get_val_u32(gguf, id);
+        case GGUF_TYPE_INT32:
+            return gguf_get_val_i32(gguf, id);
+        case GGUF_TYPE_UINT64:
+            return (double) gguf_get_val_u64(gguf, id);
+        case GGUF_TYPE_INT64:
+            return (double) gguf_get_val_i64(gguf, id);
+        case GGUF_TYPE_FLOAT32:
+            return gguf_get_val_f32(gguf, id);
+        case GGUF_TYPE_FLOAT64:
+            return gguf_get_val_f64(gguf, id);
+        case GGUF_TYPE_BOOL:
+            return gguf_get_val_bool(gguf, id);
+        default:
+            return def;
     }
 }
 
@@ -118,7 +132,7 @@ int64_t gguf_file::get_int(const std::string & key, int64_t def) const {
 
 int64_t gguf_file::need_int(const std::string & key) const {
     const double missing = -1e300;
-    const double v = get_num(key, missing);
+    const double v       = get_num(key, missing);
     if (v == missing) {
         throw error("bad_file", EXIT_BAD_INPUT, format("%s has no %s", path.c_str(), key.c_str()),
                     "the file is not a complete model: export it again from where it came");
@@ -137,7 +151,7 @@ ggml_tensor * gguf_file::tensor(const std::string & name) const {
 
 gguf_writer::gguf_writer() : gguf(gguf_init_empty()) {
     // room for the declarations only: a tensor's data is read from its own buffer at write()
-    ctx = ggml_init({ /*mem_size =*/ 65536*ggml_tensor_overhead(), /*mem_buffer =*/ nullptr, /*no_alloc =*/ true });
+    ctx = ggml_init({ /*mem_size =*/65536 * ggml_tensor_overhead(), /*mem_buffer =*/nullptr, /*no_alloc =*/true });
 }
 
 gguf_writer::~gguf_writer() {
@@ -145,13 +159,27 @@ gguf_writer::~gguf_writer() {
     ggml_free(ctx);
 }
 
-void gguf_writer::set_str (const std::string & key, const std::string & v) { gguf_set_val_str (gguf, key.c_str(), v.c_str()); }
-void gguf_writer::set_u32 (const std::string & key, uint32_t v)            { gguf_set_val_u32 (gguf, key.c_str(), v); }
-void gguf_writer::set_u64 (const std::string & key, uint64_t v)            { gguf_set_val_u64 (gguf, key.c_str(), v); }
-void gguf_writer::set_i32 (const std::string & key, int32_t v)             { gguf_set_val_i32 (gguf, key.c_str(), v); }
-void gguf_writer::set_f32 (const std::string & key, float v)               { gguf_set_val_f32 (gguf, key.c_str(), v); }
-void gguf_writer::set_f64 (const std::string & key, double v)              { gguf_set_val_f64 (gguf, key.c_str(), v); }
-void gguf_writer::set_bool(const std::string & key, bool v)                { gguf_set_val_bool(gguf, key.c_str(), v); }
+void gguf_writer::set_str(const std::string & key, const std::string & v) {
+    gguf_set_val_str(gguf, key.c_str(), v.c_str());
+}
+void gguf_writer::set_u32(const std::string & key, uint32_t v) {
+    gguf_set_val_u32(gguf, key.c_str(), v);
+}
+void gguf_writer::set_u64(const std::string & key, uint64_t v) {
+    gguf_set_val_u64(gguf, key.c_str(), v);
+}
+void gguf_writer::set_i32(const std::string & key, int32_t v) {
+    gguf_set_val_i32(gguf, key.c_str(), v);
+}
+void gguf_writer::set_f32(const std::string & key, float v) {
+    gguf_set_val_f32(gguf, key.c_str(), v);
+}
+void gguf_writer::set_f64(const std::string & key, double v) {
+    gguf_set_val_f64(gguf, key.c_str(), v);
+}
+void gguf_writer::set_bool(const std::string & key, bool v) {
+    gguf_set_val_bool(gguf, key.c_str(), v);
+}
 
 void gguf_writer::set_strs(const std::string & key, const std::vector<std::string> & values) {
     std::vector<const char *> ptrs;
@@ -181,7 +209,7 @@ void gguf_writer::add_tensor(const ggml_tensor * tensor, const std::string & nam
 }
 
 void gguf_writer::write(const std::string & path) {
-    atomic_file out(path);
+    atomic_file          out(path);
     std::vector<uint8_t> meta(gguf_get_meta_size(gguf));
     gguf_get_meta_data(gguf, meta.data());
     out.write(meta.data(), meta.size());
@@ -201,4 +229,4 @@ void gguf_writer::write(const std::string & path) {
     out.commit();
 }
 
-} // namespace toy
+}   // namespace toy

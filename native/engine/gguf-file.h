@@ -24,13 +24,13 @@ struct gguf_file {
     gguf_file(const gguf_file &)             = delete;
     gguf_file & operator=(const gguf_file &) = delete;
 
-    bool        has(const std::string & key) const;
-    std::string get_str (const std::string & key, const std::string & def) const;
-    int64_t     get_int (const std::string & key, int64_t def) const;
-    double      get_num (const std::string & key, double  def) const;
-    int64_t     need_int(const std::string & key) const;             // throws bad_file when absent
-    size_t      tensor_offset(const std::string & name) const;       // from the start of the file
-    ggml_tensor * tensor(const std::string & name) const;            // nullptr when absent
+    bool          has(const std::string & key) const;
+    std::string   get_str(const std::string & key, const std::string & def) const;
+    int64_t       get_int(const std::string & key, int64_t def) const;
+    double        get_num(const std::string & key, double def) const;
+    int64_t       need_int(const std::string & key) const;         // throws bad_file when absent
+    size_t        tensor_offset(const std::string & name) const;   // from the start of the file
+    ggml_tensor * tensor(const std::string & name) const;          // nullptr when absent
 };
 
 // Collects metadata and tensors, then writes the file whole or not at all: temporary name, fsync, rename.
@@ -40,16 +40,16 @@ struct gguf_writer {
     gguf_writer(const gguf_writer &)             = delete;
     gguf_writer & operator=(const gguf_writer &) = delete;
 
-    void set_str (const std::string & key, const std::string & value);
-    void set_u32 (const std::string & key, uint32_t value);
-    void set_u64 (const std::string & key, uint64_t value);
-    void set_i32 (const std::string & key, int32_t  value);
-    void set_f32 (const std::string & key, float    value);
-    void set_f64 (const std::string & key, double   value);
-    void set_bool(const std::string & key, bool     value);
+    void set_str(const std::string & key, const std::string & value);
+    void set_u32(const std::string & key, uint32_t value);
+    void set_u64(const std::string & key, uint64_t value);
+    void set_i32(const std::string & key, int32_t value);
+    void set_f32(const std::string & key, float value);
+    void set_f64(const std::string & key, double value);
+    void set_bool(const std::string & key, bool value);
     void set_strs(const std::string & key, const std::vector<std::string> & values);
     void set_i32s(const std::string & key, const std::vector<int32_t> & values);
-    void set_f32s(const std::string & key, const std::vector<float>   & values);
+    void set_f32s(const std::string & key, const std::vector<float> & values);
     void copy_metadata(const gguf_file & from);
     void add_tensor(const ggml_tensor * tensor, const std::string & name);   // data is read at write()
 
@@ -61,4 +61,4 @@ struct gguf_writer {
     std::vector<const ggml_tensor *> sources;
 };
 
-} // namespace toy
+}   // namespace toy

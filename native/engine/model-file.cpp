@@ -2,18 +2,18 @@
 
 #include "error.h"
 
-#include <cerrno>
-#include <cstring>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <cerrno>
+#include <cstring>
 
 namespace toy {
 
 model_file::model_file(const std::string & path) : file(path) {
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    map = fd < 0 ? MAP_FAILED : mmap(nullptr, file.file_size, PROT_READ, MAP_SHARED, fd, 0);
-    const int e = errno;
+    map          = fd < 0 ? MAP_FAILED : mmap(nullptr, file.file_size, PROT_READ, MAP_SHARED, fd, 0);
+    const int e  = errno;
     if (fd >= 0) {
         close(fd);
     }
@@ -38,4 +38,4 @@ tensor_lookup model_file::lookup() const {
     return [this](const std::string & name) { return file.tensor(name); };
 }
 
-} // namespace toy
+}   // namespace toy

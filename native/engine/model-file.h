@@ -20,4 +20,4 @@ struct model_file {
     ggml_backend_buffer_t buf = nullptr;
 };
 
-} // namespace toy
+}   // namespace toy

@@ -12,27 +12,29 @@ namespace toy {
 double learning_rate(const config & cfg, int step) {
     const auto & t = cfg.train;
     if (step <= t.warmup_steps) {
-        return t.learning_rate*step/t.warmup_steps;
+        return t.learning_rate * step / t.warmup_steps;
     }
     const double lo = t.min_learning_rate, hi = t.learning_rate;
-    const double at = t.steps > t.warmup_steps ? std::min(1.0, (double) (step - t.warmup_steps)/(t.steps - t.warmup_steps)) : 1.0;   // 0..1 after warm-up
+    const double at =
+        t.steps > t.warmup_steps ? std::min(1.0, (double) (step - t.warmup_steps) / (t.steps - t.warmup_steps)) : 1.0;   // 0..1 after warm-up
     if (t.schedule == "cosine") {
-        return lo + 0.5*(hi - lo)*(1 + det_cos(3.141592653589793*at));
+        return lo + 0.5 * (hi - lo) * (1 + det_cos(3.141592653589793 * at));
     }
     if (t.schedule == "linear") {
-        return hi + (lo - hi)*at;
+        return hi + (lo - hi) * at;
     }
     if (t.schedule == "wsd") {
         const double decay_from = 0.8;
-        return at <= decay_from ? hi : hi + (lo - hi)*(at - decay_from)/(1 - decay_from);
+        return at <= decay_from ? hi : hi + (lo - hi) * (at - decay_from) / (1 - decay_from);
     }
     return hi;
 }
 
 adamw::adamw(const config & cfg, weights & w, backend & be) : cfg(cfg), w(w), be(be) {
-    const size_t n = w.params.size();
-    const size_t graph_size = 4*n + 16;
-    ctx = ggml_init({ /*mem_size =*/ (4*n + 16)*ggml_tensor_overhead() + 2*ggml_graph_overhead_custom(graph_size, false), nullptr, /*no_alloc =*/ true });
+    const size_t n          = w.params.size();
+    const size_t graph_size = 4 * n + 16;
+    ctx                     = ggml_init(
+        { /*mem_size =*/(4 * n + 16) * ggml_tensor_overhead() + 2 * ggml_graph_overhead_custom(graph_size, false), nullptr, /*no_alloc =*/true });
     for (ggml_tensor *& h : hyper) {
         h = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 8);
     }
@@ -70,18 +72,24 @@ double adamw::grad_norm(const param ** first_bad) {
 static double int_pow(double x, int n) {
     double r = 1;
     for (; n > 0; n >>= 1, x *= x) {
-        r = n & 1 ? r*x : r;
+        r = n & 1 ? r * x : r;
     }
     return r;
 }
 
 void adamw::step(int step, double lr, double norm) {
-    const auto & t = cfg.train;
-    const float clip = t.grad_clip > 0 && norm > t.grad_clip ? (float) (t.grad_clip/norm) : 1.0f;
+    const auto & t    = cfg.train;
+    const float  clip = t.grad_clip > 0 && norm > t.grad_clip ? (float) (t.grad_clip / norm) : 1.0f;
     for (int decay = 0; decay < 2; decay++) {
         const float h[8] = {
-            (float) lr, (float) t.beta1, (float) t.beta2, (float) t.eps, decay ? (float) t.weight_decay : 0.0f,
-            (float) (1/(1 - int_pow(t.beta1, step))), (float) (1/(1 - int_pow(t.beta2, step))), clip,
+            (float) lr,
+            (float) t.beta1,
+            (float) t.beta2,
+            (float) t.eps,
+            decay ? (float) t.weight_decay : 0.0f,
+            (float) (1 / (1 - int_pow(t.beta1, step))),
+            (float) (1 / (1 - int_pow(t.beta2, step))),
+            clip,
         };
         ggml_backend_tensor_set(hyper[decay], h, 0, sizeof(h));
     }
@@ -92,4 +100,4 @@ size_t adamw::bytes() const {
     return ggml_backend_buffer_get_size(buf);
 }
 
-} // namespace toy
+}   // namespace toy

@@ -36,10 +36,10 @@ struct adamw {
 
     ggml_context *             ctx;
     ggml_backend_buffer_t      buf;
-    std::vector<ggml_tensor *> sums;              // one [1] a parameter: sum of squared gradients
-    ggml_tensor *              hyper[2];          // [8] without and with weight decay
+    std::vector<ggml_tensor *> sums;       // one [1] a parameter: sum of squared gradients
+    ggml_tensor *              hyper[2];   // [8] without and with weight decay
     ggml_cgraph *              graph_norm;
     ggml_cgraph *              graph_update;
 };
 
-} // namespace toy
+}   // namespace toy

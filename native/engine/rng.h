@@ -14,8 +14,8 @@ namespace toy {
 // splitmix64's finalizer (Steele, Lea, Flood 2014)
 inline uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30))*0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27))*0x94d049bb133111ebull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
 
@@ -33,7 +33,7 @@ struct rng {
 
     uint64_t bits(uint64_t i) const { return mix64(key ^ mix64(i)); }
 
-    double uniform(uint64_t i) const { return ((double) (bits(i) >> 11) + 0.5)*0x1p-53; }   // in (0, 1)
+    double uniform(uint64_t i) const { return ((double) (bits(i) >> 11) + 0.5) * 0x1p-53; }   // in (0, 1)
 
     uint64_t below(uint64_t i, uint64_t n) const { return bits(i) % n; }   // in [0, n)
 
@@ -45,35 +45,35 @@ inline double det_log(double x) {
     uint64_t u;
     memcpy(&u, &x, 8);
     int e = (int) (u >> 52) - 1023;
-    u = (u & 0xfffffffffffffull) | 0x3ff0000000000000ull;
+    u     = (u & 0xfffffffffffffull) | 0x3ff0000000000000ull;
     double m;
     memcpy(&m, &u, 8);
     if (m > 1.4142135623730951) {
         m *= 0.5;
         e += 1;
     }
-    const double s = (m - 1)/(m + 1), s2 = s*s;
-    double p = 0;
+    const double s = (m - 1) / (m + 1), s2 = s * s;
+    double       p = 0;
     for (int k = 23; k >= 1; k -= 2) {
-        p = p*s2 + 1.0/k;
+        p = p * s2 + 1.0 / k;
     }
-    return e*0.6931471805599453 + 2*s*p;
+    return e * 0.6931471805599453 + 2 * s * p;
 }
 
 // cosine for x in [0, pi], as a sine's Taylor series on [-pi/2, pi/2]
 inline double det_cos(double x) {
-    const double t = 1.5707963267948966 - x, t2 = t*t;
-    double p = 1;
+    const double t = 1.5707963267948966 - x, t2 = t * t;
+    double       p = 1;
     for (int k = 22; k >= 2; k -= 2) {
-        p = 1 - p*t2/(k*(k + 1));
+        p = 1 - p * t2 / (k * (k + 1));
     }
-    return t*p;
+    return t * p;
 }
 
 inline float rng::normal(uint64_t i) const {
-    const double u = uniform(2*i), v = uniform(2*i + 1);
-    const double a = 6.283185307179586*(v < 0.5 ? v : 1 - v);
-    return (float) (std::sqrt(-2*det_log(u))*det_cos(a));
+    const double u = uniform(2 * i), v = uniform(2 * i + 1);
+    const double a = 6.283185307179586 * (v < 0.5 ? v : 1 - v);
+    return (float) (std::sqrt(-2 * det_log(u)) * det_cos(a));
 }
 
-} // namespace toy
+}   // namespace toy

@@ -1,6 +1,6 @@
 // libexec/toy-infer: decodes from a llama GGUF on the cpu. Token ids in (a file), one `token ID` line out for each one drawn.
-#include "engine/corpus.h"
 #include "decode/decoder.h"
+#include "engine/corpus.h"
 #include "engine/error.h"
 #include "engine/events.h"
 
@@ -19,7 +19,7 @@ static std::string env(const char * key, const char * def) {
 
 static std::vector<int32_t> parse_ids(const std::string & list) {
     std::vector<int32_t> ids;
-    std::istringstream in(list);
+    std::istringstream   in(list);
     for (std::string item; std::getline(in, item, ',');) {
         ids.push_back(atoi(item.c_str()));
     }
@@ -27,35 +27,39 @@ static std::vector<int32_t> parse_ids(const std::string & list) {
 }
 
 static int infer() {
-    const double t0 = toy::monotonic_time();
-    const toy::token_file prompt(env("PROMPT_TOKENS", ""));
-    const std::vector<int32_t> stop = parse_ids(env("STOP_TOKENS", ""));
-    const int n_predict = atoi(env("N_PREDICT", "128").c_str()), n_top = atoi(env("LOGPROBS", "0").c_str());
-    const int n_threads = atoi(env("THREADS", "0").c_str()), n_ctx = atoi(env("CONTEXT", "0").c_str());
-    toy::sampler sampler = {
-        strtof(env("TEMPERATURE", "0").c_str(), nullptr), atoi(env("TOP_K", "0").c_str()), strtof(env("TOP_P", "1").c_str(), nullptr),
+    const double               t0 = toy::monotonic_time();
+    const toy::token_file      prompt(env("PROMPT_TOKENS", ""));
+    const std::vector<int32_t> stop      = parse_ids(env("STOP_TOKENS", ""));
+    const int                  n_predict = atoi(env("N_PREDICT", "128").c_str()), n_top = atoi(env("LOGPROBS", "0").c_str());
+    const int                  n_threads = atoi(env("THREADS", "0").c_str()), n_ctx = atoi(env("CONTEXT", "0").c_str());
+    toy::sampler               sampler = {
+        strtof(env("TEMPERATURE", "0").c_str(), nullptr),
+        atoi(env("TOP_K", "0").c_str()),
+        strtof(env("TOP_P", "1").c_str(), nullptr),
         strtoull(env("SEED", "0").c_str(), nullptr, 10),
     };
     // no more cache than this answer can fill: a model's own context may be far larger
     const toy::gguf_file meta(env("GGUF", ""));
-    const int64_t limit = n_ctx > 0 ? n_ctx : toy::llama_hparams::from_gguf(meta).n_ctx;
-    const int     slots = (int) std::min<int64_t>(limit, (int64_t) prompt.n + std::max(n_predict, 1));
+    const int64_t        limit = n_ctx > 0 ? n_ctx : toy::llama_hparams::from_gguf(meta).n_ctx;
+    const int            slots = (int) std::min<int64_t>(limit, (int64_t) prompt.n + std::max(n_predict, 1));
     if ((int64_t) prompt.n > limit) {
-        throw toy::error("bad_flag", toy::EXIT_BAD_INPUT, toy::format("the prompt has %zu tokens, the context holds %lld", prompt.n, (long long) limit),
+        throw toy::error("bad_flag", toy::EXIT_BAD_INPUT,
+                         toy::format("the prompt has %zu tokens, the context holds %lld", prompt.n, (long long) limit),
                          "shorten the prompt or raise --context");
     }
     toy::decoder dec(meta.path, slots, n_threads > 0 ? n_threads : toy::usable_cores());
     for (size_t i = 0; i < prompt.n; i++) {
         if (prompt.tokens[i] < 0 || prompt.tokens[i] >= dec.hp.n_vocab) {
-            throw toy::error("bad_flag", toy::EXIT_BAD_INPUT, toy::format("prompt id %d is outside the vocabulary of %d", prompt.tokens[i], dec.hp.n_vocab),
+            throw toy::error("bad_flag", toy::EXIT_BAD_INPUT,
+                             toy::format("prompt id %d is outside the vocabulary of %d", prompt.tokens[i], dec.hp.n_vocab),
                              "ids run from 0 to the vocabulary size less one");
         }
     }
 
-    const double t1 = toy::monotonic_time();
-    const std::vector<float> * logits = &dec.eval(prompt.tokens, (int) prompt.n);
-    const double t2 = toy::monotonic_time();
-    int n_drawn = 0;
+    const double               t1      = toy::monotonic_time();
+    const std::vector<float> * logits  = &dec.eval(prompt.tokens, (int) prompt.n);
+    const double               t2      = toy::monotonic_time();
+    int                        n_drawn = 0;
     while (n_drawn < n_predict && !g_stop) {
         const int32_t id = sampler.sample(*logits);
         if (std::find(stop.begin(), stop.end(), id) != stop.end()) {
@@ -82,8 +86,8 @@ static int infer() {
 
 int main() {
     struct sigaction sa = {};
-    sa.sa_handler = [](int) { g_stop = 1; };
-    sigaction(SIGINT,  &sa, nullptr);
+    sa.sa_handler       = [](int) { g_stop = 1; };
+    sigaction(SIGINT, &sa, nullptr);
     sigaction(SIGTERM, &sa, nullptr);
     signal(SIGPIPE, SIG_IGN);
     try {

@@ -7,8 +7,8 @@
 //   nn   both as written     OUT_PROD, grad^T   dx = dy W
 //   tn   A stored as [k,m]   OUT_PROD           dW = dy^T x
 
-#include "ggml.h"
 #include "ggml-cpu.h"
+#include "ggml.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -18,14 +18,15 @@
 #include <vector>
 
 static double measure(const char * layout, int64_t m, int64_t k, int64_t n, int64_t batch, double seconds, ggml_threadpool * pool, int n_threads) {
-    ggml_init_params params = { sizeof(float)*batch*(size_t) (m*k + k*n + m*n) + 16*1024*1024, nullptr, false };
-    ggml_context * ctx = ggml_init(params);
+    ggml_init_params params = { sizeof(float) * batch * (size_t) (m * k + k * n + m * n) + 16 * 1024 * 1024, nullptr, false };
+    ggml_context *   ctx    = ggml_init(params);
 
     ggml_tensor * c = nullptr;
     if (strcmp(layout, "nt") == 0) {
         c = ggml_mul_mat(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, n, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch));
     } else if (strcmp(layout, "nn") == 0) {
-        c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch), ggml_transpose(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch)));
+        c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch),
+                          ggml_transpose(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch)));
     } else {
         c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, m, k, batch));
     }
@@ -33,7 +34,7 @@ static double measure(const char * layout, int64_t m, int64_t k, int64_t n, int6
         if (!t->view_src && t->op == GGML_OP_NONE) {
             float * x = ggml_get_data_f32(t);
             for (int64_t i = 0; i < ggml_nelements(t); ++i) {
-                x[i] = (float) ((i*7919) % 1021)/1021.0f - 0.5f;
+                x[i] = (float) ((i * 7919) % 1021) / 1021.0f - 0.5f;
             }
         }
     }
@@ -41,7 +42,7 @@ static double measure(const char * layout, int64_t m, int64_t k, int64_t n, int6
     ggml_cgraph * graph = ggml_new_graph(ctx);
     ggml_build_forward_expand(graph, c);
 
-    ggml_cplan plan = ggml_graph_plan(graph, n_threads, pool);
+    ggml_cplan           plan = ggml_graph_plan(graph, n_threads, pool);
     std::vector<uint8_t> work(plan.work_size);
     plan.work_data = work.data();
 
@@ -50,8 +51,8 @@ static double measure(const char * layout, int64_t m, int64_t k, int64_t n, int6
     for (int i = 0; i < 3 || total < seconds; ++i) {
         const int64_t t0 = ggml_time_us();
         ggml_graph_compute(graph, &plan);
-        const double t = 1e-6*(double) (ggml_time_us() - t0);
-        best   = std::min(best, t);
+        const double t = 1e-6 * (double) (ggml_time_us() - t0);
+        best           = std::min(best, t);
         total += t;
     }
     ggml_free(ctx);
@@ -59,9 +60,9 @@ static double measure(const char * layout, int64_t m, int64_t k, int64_t n, int6
 }
 
 int main(int argc, char ** argv) {
-    int    n_threads = 1;
-    int    batch     = 1;
-    double seconds   = 0.5;
+    int                  n_threads = 1;
+    int                  batch     = 1;
+    double               seconds   = 0.5;
     std::vector<int64_t> shape;
 
     for (int i = 1; i < argc; ++i) {
@@ -83,14 +84,15 @@ int main(int argc, char ** argv) {
 
     ggml_time_init();
     ggml_threadpool_params pool_params = ggml_threadpool_params_default(n_threads);
-    ggml_threadpool * pool = ggml_threadpool_new(&pool_params);
+    ggml_threadpool *      pool        = ggml_threadpool_new(&pool_params);
 
     for (size_t i = 0; i < shape.size(); i += 3) {
         for (const char * layout : { "nt", "nn", "tn" }) {
             const int64_t m = shape[i], k = shape[i + 1], n = shape[i + 2];
             const double  t = measure(layout, m, k, n, batch, seconds, pool, n_threads);
-            printf("{\"layout\": \"%s\", \"m\": %lld, \"k\": %lld, \"n\": %lld, \"batch\": %d, \"threads\": %d, \"seconds\": %.3e, \"gflops\": %.1f}\n",
-                layout, (long long) m, (long long) k, (long long) n, batch, n_threads, t, 2e-9*(double) (m*k*n*batch)/t);
+            printf(
+                "{\"layout\": \"%s\", \"m\": %lld, \"k\": %lld, \"n\": %lld, \"batch\": %d, \"threads\": %d, \"seconds\": %.3e, \"gflops\": %.1f}\n",
+                layout, (long long) m, (long long) k, (long long) n, batch, n_threads, t, 2e-9 * (double) (m * k * n * batch) / t);
             fflush(stdout);
         }
     }

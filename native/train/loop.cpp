@@ -28,12 +28,12 @@ struct run_env {
 
 // What the run knows at its end, for the last event.
 struct run_summary {
-    const char * reason = "failed";
-    float        loss      = NAN;
-    double       val_loss  = NAN;
+    const char * reason            = "failed";
+    float        loss              = NAN;
+    double       val_loss          = NAN;
     double       tokens_per_second = NAN;
-    double       started   = monotonic_time();
-    int64_t      step      = 0;
+    double       started           = monotonic_time();
+    int64_t      step              = 0;
     train_state  state;
     std::string  gguf, checkpoint, bad_tensor;
 };
@@ -70,12 +70,21 @@ static run_env read_env() {
 }
 
 static std::string memory_json(const memory_plan & m) {
-    return json_object().num("weights", m.weights).num("gradients", m.gradients).num("moments", m.moments).num("compute", m.compute)
-        .num("inputs", m.inputs).num("work", m.work).num("corpus", m.corpus).num("runtime", m.runtime).num("total", m.total()).done();
+    return json_object()
+        .num("weights", m.weights)
+        .num("gradients", m.gradients)
+        .num("moments", m.moments)
+        .num("compute", m.compute)
+        .num("inputs", m.inputs)
+        .num("work", m.work)
+        .num("corpus", m.corpus)
+        .num("runtime", m.runtime)
+        .num("total", m.total())
+        .done();
 }
 
 static void write_gguf(const run_env & env, const session & s, const std::string & path) {
-    gguf_writer out;
+    gguf_writer     out;
     const gguf_file tokenizer(env.tokenizer);
     out.copy_metadata(tokenizer);
     s.model.write_metadata(s.cfg, out);
@@ -91,17 +100,28 @@ static void write_gguf(const run_env & env, const session & s, const std::string
 }
 
 static void write_run_start(events_writer & events, const run_env & env, const session & s) {
-    events.write(events.begin("run_start").str("run_id", env.run_id).str("recipe", env.recipe).str("arch", s.model.name).str("device", env.cfg.run.device)
-        .num("steps", env.cfg.train.steps).num("seed", env.cfg.run.seed).num("parameters", s.w.n_params()).num("tokens_per_step", s.tokens_per_step())
-        .num("train_tokens", s.train_tokens()).num("val_tokens", s.val_tokens()).num("threads", env.cfg.run.threads).raw("memory", memory_json(s.memory(s.corpus_bytes()))));
+    events.write(events.begin("run_start")
+                     .str("run_id", env.run_id)
+                     .str("recipe", env.recipe)
+                     .str("arch", s.model.name)
+                     .str("device", env.cfg.run.device)
+                     .num("steps", env.cfg.train.steps)
+                     .num("seed", env.cfg.run.seed)
+                     .num("parameters", s.w.n_params())
+                     .num("tokens_per_step", s.tokens_per_step())
+                     .num("train_tokens", s.train_tokens())
+                     .num("val_tokens", s.val_tokens())
+                     .num("threads", env.cfg.run.threads)
+                     .raw("memory", memory_json(s.memory(s.corpus_bytes()))));
 }
 
 static void write_run_end(events_writer & events, const run_summary & sum, const error * err) {
     json_object e = events.begin("run_end");
     e.str("reason", sum.reason).num("step", sum.step).num("final_loss", sum.loss).num("val_loss", sum.val_loss);
-    sum.state.best_step > 0 ? e.num("best_val_loss", sum.state.best_val_loss).num("best_step", sum.state.best_step) : e.null("best_val_loss").null("best_step");
+    sum.state.best_step > 0 ? e.num("best_val_loss", sum.state.best_val_loss).num("best_step", sum.state.best_step)
+                            : e.null("best_val_loss").null("best_step");
     e.num("tokens_per_second", sum.tokens_per_second).num("seconds", monotonic_time() - sum.started).num("peak_rss_bytes", peak_resident_bytes());
-    sum.gguf.empty()       ? e.null("gguf")       : e.str("gguf", sum.gguf);
+    sum.gguf.empty() ? e.null("gguf") : e.str("gguf", sum.gguf);
     sum.checkpoint.empty() ? e.null("checkpoint") : e.str("checkpoint", sum.checkpoint);
     if (err) {
         json_object j;
@@ -122,8 +142,8 @@ static bool is_due(int every, int64_t step) {
 
 // The loop itself: every optimizer step of the run, in order, and what is due after it.
 static void train(const run_env & env, session & s, events_writer & events, run_summary & sum) {
-    const config & cfg = env.cfg;
-    checkpoints saved = { env.run_dir + "/checkpoints" };
+    const config &    cfg       = env.cfg;
+    checkpoints       saved     = { env.run_dir + "/checkpoints" };
     const std::string gguf_path = env.run_dir + "/weights/model.gguf";
     make_dir(saved.dir);
 
@@ -139,8 +159,8 @@ static void train(const run_env & env, session & s, events_writer & events, run_
         if (e.n_tokens == 0) {
             return;
         }
-        sum.val_loss = e.loss;
-        const bool best = e.loss < sum.state.best_val_loss;
+        sum.val_loss               = e.loss;
+        const bool best            = e.loss < sum.state.best_val_loss;
         sum.state.evals_since_best = best ? 0 : sum.state.evals_since_best + 1;
         if (best) {
             sum.state.best_val_loss = e.loss;
@@ -159,9 +179,9 @@ static void train(const run_env & env, session & s, events_writer & events, run_
     const int64_t first = s.steps_done;
     bool          done = false, early_stop = false;
     while (!done) {
-        const double t0 = monotonic_time();
-        const step_result r = s.step();
-        const double dt = monotonic_time() - t0;
+        const double      t0 = monotonic_time();
+        const step_result r  = s.step();
+        const double      dt = monotonic_time() - t0;
         busy += dt;
 
         if (!r.bad_tensor.empty()) {
@@ -170,22 +190,29 @@ static void train(const run_env & env, session & s, events_writer & events, run_
             save_checkpoint();
             write_gguf(env, s, gguf_path);
             sum.gguf = gguf_path;
-            throw error("non_finite", EXIT_FAILED, format("step %lld: the %s is not finite; first bad tensor: %s", (long long) s.steps_done + 1,
-                        std::isfinite(r.loss) ? "gradient" : "loss", r.bad_tensor.c_str()),
+            throw error("non_finite", EXIT_FAILED,
+                        format("step %lld: the %s is not finite; first bad tensor: %s", (long long) s.steps_done + 1,
+                               std::isfinite(r.loss) ? "gradient" : "loss", r.bad_tensor.c_str()),
                         format("the weights of step %lld are kept; lower train.learning_rate, or set train.grad_clip", (long long) s.steps_done));
         }
 
-        sum.step = s.steps_done;
-        sum.loss = r.loss;
-        sum.tokens_per_second = (double) (s.steps_done - first)*s.tokens_per_step()/busy;
+        sum.step              = s.steps_done;
+        sum.loss              = r.loss;
+        sum.tokens_per_second = (double) (s.steps_done - first) * s.tokens_per_step() / busy;
         if (printf("step %lld: loss=%s\n", (long long) s.steps_done, shortest(r.loss).c_str()) < 0 || fflush(stdout) != 0) {
             throw error("runner_failed", EXIT_FAILED, "cannot write step lines to stdout", "the reader of this run has gone away");
         }
         done = s.steps_done >= cfg.train.steps;
         if (is_due(cfg.log.every, s.steps_done) || done) {
-            events.write(events.begin("step").num("step", s.steps_done).num("loss", r.loss).num("learning_rate", r.learning_rate).num("grad_norm", r.grad_norm)
-                .num("tokens_per_second", s.tokens_per_step()/dt).num("tokens", s.steps_done*s.tokens_per_step())
-                .num("epoch", (int64_t) s.reader->tell().epoch).num("rss_bytes", resident_bytes()));
+            events.write(events.begin("step")
+                             .num("step", s.steps_done)
+                             .num("loss", r.loss)
+                             .num("learning_rate", r.learning_rate)
+                             .num("grad_norm", r.grad_norm)
+                             .num("tokens_per_second", s.tokens_per_step() / dt)
+                             .num("tokens", s.steps_done * s.tokens_per_step())
+                             .num("epoch", (int64_t) s.reader->tell().epoch)
+                             .num("rss_bytes", resident_bytes()));
         }
 
         // saving comes before evaluating, so that an evaluation that dies costs nothing
@@ -238,8 +265,8 @@ static int run(const run_env & env, const arch & model) {
 
 int train_main(const arch & model) {
     struct sigaction sa = {};
-    sa.sa_handler = on_stop_signal;
-    sigaction(SIGINT,  &sa, nullptr);
+    sa.sa_handler       = on_stop_signal;
+    sigaction(SIGINT, &sa, nullptr);
     sigaction(SIGTERM, &sa, nullptr);
     signal(SIGPIPE, SIG_IGN);
     try {
@@ -253,4 +280,4 @@ int train_main(const arch & model) {
     }
 }
 
-} // namespace toy
+}   // namespace toy

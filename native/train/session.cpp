@@ -23,10 +23,10 @@ session::~session() {
 }
 
 void session::build_step() {
-    const int64_t T = cfg.model.context, n = (int64_t) cfg.train.micro_batch*T;
+    const int64_t T = cfg.model.context, n = (int64_t) cfg.train.micro_batch * T;
 
     // inputs live outside the graph's buffer: positions and mask are written once and stay
-    ctx_inputs = ggml_init({ /*mem_size =*/ 8*ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true });
+    ctx_inputs = ggml_init({ /*mem_size =*/8 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
     tokens     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, n);
     labels     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, n);
     positions  = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T);
@@ -36,9 +36,10 @@ void session::build_step() {
     buf_inputs = ggml_backend_alloc_ctx_tensors(ctx_inputs, be.handle);
 
     // forward and loss
-    const size_t graph_size = 64*(w.params.size() + 16);
-    ctx_graph = ggml_init({ /*mem_size =*/ graph_size*ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, true), nullptr, /*no_alloc =*/ true });
-    graph     = ggml_new_graph_custom(ctx_graph, graph_size, true);
+    const size_t graph_size = 64 * (w.params.size() + 16);
+    ctx_graph =
+        ggml_init({ /*mem_size =*/graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, true), nullptr, /*no_alloc =*/true });
+    graph                = ggml_new_graph_custom(ctx_graph, graph_size, true);
     ggml_tensor * logits = model.forward(ctx_graph, cfg, w.lookup(), tokens, positions, mask);
     ggml_set_name(logits, "logits");
     loss = ggml_cross_entropy_sparse(ctx_graph, logits, labels, scale);
@@ -70,11 +71,11 @@ void session::build_step() {
     }
 
     std::vector<int32_t> pos(T);
-    std::vector<float>   causal(T*T);
+    std::vector<float>   causal(T * T);
     for (int64_t i = 0; i < T; i++) {
         pos[i] = (int32_t) i;
         for (int64_t j = 0; j < T; j++) {
-            causal[i*T + j] = j <= i ? 0.0f : -INFINITY;
+            causal[i * T + j] = j <= i ? 0.0f : -INFINITY;
         }
     }
     const float one = 1.0f;
@@ -84,29 +85,36 @@ void session::build_step() {
 }
 
 void session::set_data(const std::string & corpus_path, const std::string & val_path) {
-    const int T = cfg.model.context;
-    corpus = std::make_unique<token_file>(corpus_path);
+    const int T    = cfg.model.context;
+    corpus         = std::make_unique<token_file>(corpus_path);
     size_t n_train = corpus->n;
     if (val_path.empty()) {
-        const size_t n_val = (size_t) (cfg.data.val_fraction*(double) corpus->n);
-        n_train = corpus->n - n_val;
-        val = { corpus->tokens + n_train, n_val, T };
+        const size_t n_val = (size_t) (cfg.data.val_fraction * (double) corpus->n);
+        n_train            = corpus->n - n_val;
+        val                = { corpus->tokens + n_train, n_val, T };
     } else {
         val_corpus = std::make_unique<token_file>(val_path);
-        val = { val_corpus->tokens, val_corpus->n, T };
+        val        = { val_corpus->tokens, val_corpus->n, T };
     }
     for (const token_file * f : { corpus.get(), val_corpus.get() }) {
         if (f && f->max_token() >= cfg.model.vocab_size) {
-            throw error("bad_file", EXIT_BAD_INPUT, format("%s holds token id %d, but model.vocab_size is %d", f->path.c_str(), f->max_token(), cfg.model.vocab_size),
+            throw error("bad_file", EXIT_BAD_INPUT,
+                        format("%s holds token id %d, but model.vocab_size is %d", f->path.c_str(), f->max_token(), cfg.model.vocab_size),
                         "raise model.vocab_size above the largest id, or pack the corpus with this model's tokenizer");
         }
     }
     reader = std::make_unique<window_reader>(corpus->tokens, n_train, T, cfg.run.seed, cfg.data.shuffle);
 }
 
-size_t session::train_tokens() const { return reader ? reader->n : 0; }
-size_t session::val_tokens()   const { return val.n; }
-size_t session::corpus_bytes() const { return ((corpus ? corpus->n : 0) + (val_corpus ? val_corpus->n : 0))*sizeof(int32_t); }
+size_t session::train_tokens() const {
+    return reader ? reader->n : 0;
+}
+size_t session::val_tokens() const {
+    return val.n;
+}
+size_t session::corpus_bytes() const {
+    return ((corpus ? corpus->n : 0) + (val_corpus ? val_corpus->n : 0)) * sizeof(int32_t);
+}
 
 float session::run(ggml_cgraph * g, const batch & b, float loss_scale) {
     ggml_backend_tensor_set(tokens, b.tokens.data(), 0, ggml_nbytes(tokens));
@@ -119,9 +127,9 @@ float session::run(ggml_cgraph * g, const batch & b, float loss_scale) {
 }
 
 float session::loss_and_gradients() {
-    const auto & t = cfg.train;
-    const int n_rounds = t.batch/t.micro_batch;
-    const window_reader::state start = reader->tell();
+    const auto &               t        = cfg.train;
+    const int                  n_rounds = t.batch / t.micro_batch;
+    const window_reader::state start    = reader->tell();
 
     // the step's unmasked tokens are counted first: every round is scaled by the same number
     int64_t n_labels = 0;
@@ -134,8 +142,8 @@ float session::loss_and_gradients() {
     }
 
     w.zero_gradients();
-    const float loss_scale = 1.0f/(float) std::max<int64_t>(n_labels, 1);
-    double sum = 0;
+    const float loss_scale = 1.0f / (float) std::max<int64_t>(n_labels, 1);
+    double      sum        = 0;
     for (int i = 0; i < n_rounds; i++) {
         if (n_rounds > 1) {
             reader->next(t.micro_batch, last_batch);
@@ -150,16 +158,16 @@ float session::loss_and_gradients() {
 
 step_result session::step() {
     const window_reader::state start = reader->tell();
-    step_result r;
-    r.loss          = loss_and_gradients();
-    r.learning_rate = learning_rate(cfg, (int) steps_done + 1);
-    r.grad_norm     = NAN;
+    step_result                r;
+    r.loss            = loss_and_gradients();
+    r.learning_rate   = learning_rate(cfg, (int) steps_done + 1);
+    r.grad_norm       = NAN;
     const param * bad = nullptr;
     if (std::isfinite(r.loss)) {
         r.grad_norm = opt->grad_norm(&bad);
     }
     if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm)) {
-        r.bad_tensor = find_bad_tensor(1.0f/(float) std::max<int64_t>(tokens_per_step(), 1));
+        r.bad_tensor = find_bad_tensor(1.0f / (float) std::max<int64_t>(tokens_per_step(), 1));
         if (r.bad_tensor.empty()) {
             r.bad_tensor = bad ? "gradient of " + bad->name : "the sum of squared gradients";
         }
@@ -174,7 +182,7 @@ step_result session::step() {
 // Runs the last micro-batch again one operation at a time: buffers are shared, so a value is only there right after it was computed.
 std::string session::find_bad_tensor(float loss_scale) {
     std::vector<float> row;
-    const auto is_finite = [&](const ggml_tensor * t) {
+    const auto         is_finite = [&](const ggml_tensor * t) {
         row.resize(ggml_nelements(t));
         ggml_backend_tensor_get(t, row.data(), 0, ggml_nbytes(t));
         return std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); });
@@ -209,23 +217,23 @@ std::string session::find_bad_tensor(float loss_scale) {
 eval_result session::evaluate() {
     const int64_t n_windows = val.n_windows();
     const int     n_seq     = cfg.train.micro_batch;
-    int64_t want = cfg.eval.batches > 0 ? (int64_t) cfg.eval.batches*n_seq : n_windows;
-    want = std::min(want, n_windows);
+    int64_t       want      = cfg.eval.batches > 0 ? (int64_t) cfg.eval.batches * n_seq : n_windows;
+    want                    = std::min(want, n_windows);
     if (want == 0) {
         return { NAN, 0 };
     }
     // fewer windows than there are: spread evenly, the same ones each time
-    const int64_t stride = n_windows/want, end = stride*(want - 1) + 1;
-    ggml_cgraph forward = ggml_graph_view(graph, 0, n_forward);
-    double  sum = 0;
-    int64_t n   = 0;
-    batch   b;
-    for (int64_t first = 0; first < end; first += stride*n_seq) {
+    const int64_t stride = n_windows / want, end = stride * (want - 1) + 1;
+    ggml_cgraph   forward = ggml_graph_view(graph, 0, n_forward);
+    double        sum     = 0;
+    int64_t       n       = 0;
+    batch         b;
+    for (int64_t first = 0; first < end; first += stride * n_seq) {
         val.read(first, stride, end, n_seq, b);
-        sum += (double) run(&forward, b, 1.0f/(float) b.n_labels)*(double) b.n_labels;
-        n   += b.n_labels;
+        sum += (double) run(&forward, b, 1.0f / (float) b.n_labels) * (double) b.n_labels;
+        n += b.n_labels;
     }
-    return { sum/(double) n, n };
+    return { sum / (double) n, n };
 }
 
 memory_plan session::memory(size_t corpus_bytes) const {
@@ -237,8 +245,8 @@ memory_plan session::memory(size_t corpus_bytes) const {
     m.inputs    = ggml_backend_buffer_get_size(buf_inputs) + opt->bytes();
     m.work      = be.work_bytes(graph);
     m.corpus    = corpus_bytes;
-    m.runtime   = ggml_used_mem(ctx_graph) + 6500*1000;
+    m.runtime   = ggml_used_mem(ctx_graph) + 6500 * 1000;
     return m;
 }
 
-} // namespace toy
+}   // namespace toy

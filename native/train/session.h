@@ -16,11 +16,11 @@ namespace toy {
 
 struct memory_plan {
     size_t weights, gradients, moments;
-    size_t compute;      // activations and temporaries: the allocated graph's buffer
-    size_t inputs;       // tokens, labels, positions, mask, optimizer scalars
-    size_t work;         // the kernels' scratch
-    size_t corpus;       // packed tokens, mapped: the system takes these pages back when memory is short
-    size_t runtime;      // program, libraries and stacks, as measured, and the description of the graph
+    size_t compute;   // activations and temporaries: the allocated graph's buffer
+    size_t inputs;    // tokens, labels, positions, mask, optimizer scalars
+    size_t work;      // the kernels' scratch
+    size_t corpus;    // packed tokens, mapped: the system takes these pages back when memory is short
+    size_t runtime;   // program, libraries and stacks, as measured, and the description of the graph
     size_t total() const { return weights + gradients + moments + compute + inputs + work + corpus + runtime; }
 };
 
@@ -32,17 +32,17 @@ struct step_result {
 };
 
 struct eval_result {
-    double  loss;             // mean over all evaluated tokens
+    double  loss;   // mean over all evaluated tokens
     int64_t n_tokens;
 };
 
 struct session {
-    config       cfg;
-    const arch & model;
-    backend      be;
-    weights      w;
+    config                 cfg;
+    const arch &           model;
+    backend                be;
+    weights                w;
     std::unique_ptr<adamw> opt;
-    int64_t      steps_done = 0;
+    int64_t                steps_done = 0;
 
     // Compiles the step and allocates it. Without data(): enough for a plan.
     session(const config & cfg, const arch & model);
@@ -60,7 +60,7 @@ struct session {
     eval_result evaluate();
 
     memory_plan memory(size_t corpus_bytes) const;
-    int64_t     tokens_per_step() const { return (int64_t) cfg.train.batch*cfg.model.context; }
+    int64_t     tokens_per_step() const { return (int64_t) cfg.train.batch * cfg.model.context; }
     size_t      train_tokens() const;
     size_t      val_tokens() const;
     size_t      corpus_bytes() const;
@@ -74,7 +74,7 @@ struct session {
 
     ggml_context *        ctx_inputs;
     ggml_backend_buffer_t buf_inputs = nullptr;
-    ggml_tensor *         tokens, * labels, * positions, * mask, * scale, * loss_grad;
+    ggml_tensor *         tokens, *labels, *positions, *mask, *scale, *loss_grad;
 
     ggml_context * ctx_graph;
     ggml_gallocr_t galloc;
@@ -87,4 +87,4 @@ struct session {
     std::string find_bad_tensor(float loss_scale);
 };
 
-} // namespace toy
+}   // namespace toy

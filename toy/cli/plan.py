@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,28 +18,7 @@ if TYPE_CHECKING:
 FORMAT = "toy/plan-v1"
 #: Share of this machine's matrix-product speed that a training step reaches, where no earlier run says better.
 TYPICAL_SHARE = 0.5
-PARTS = ("weights", "gradients", "moments", "compute", "inputs", "work", "runtime")
-
-
-def vocab_size(job: Job) -> int:
-    """The vocabulary of the corpus, found without writing: characters are counted by streaming."""
-    from toy.corpora import packed, sources
-    from toy.models.tokenizer import DEFAULT_BPE_SIZE, Tokenizer
-
-    data, asked = job.config.data, job.config.model.vocab_size
-    path = Path(data.corpus) if data.corpus else None
-    if path is not None and packed.is_packed(path):
-        tokens = packed.token_file(path)
-        manifest = packed.read_manifest(tokens)
-        own = manifest["vocab_size"] if manifest else packed.scan(tokens)[1] + 1
-    elif data.tokenizer == "bpe":
-        return asked or DEFAULT_BPE_SIZE
-    elif data.tokenizer in ("chars", "bytes"):
-        source = sources.open_source(path)
-        own = len(Tokenizer.from_name(data.tokenizer, lambda: (text for text, _, _ in source.pieces(lambda n: None))))
-    else:
-        own = len(Tokenizer.from_file(data.tokenizer))
-    return max(own, asked)
+PARTS = ("weights", "gradients", "moments", "compute", "inputs", "work", "corpus", "runtime")
 
 
 def gemm_rate() -> float:
@@ -72,12 +50,18 @@ def earlier_rate(job: Job) -> tuple[float, str] | None:
 
 def make_plan(job: Job) -> dict[str, Any]:
     """The document of `toy train --dry-run`."""
+    from toy import corpora
     from toy.cli.train import disk_bytes, native_plan
     from toy.runners import is_built
 
-    resolved = config.resolve(job.config, vocab_size=vocab_size(job))
+    data, asked = job.config.data, job.config.model.vocab_size
+    vocab_size = corpora.vocabulary_size(data.corpus, data.tokenizer, asked)
+    resolved = config.resolve(job.config, vocab_size=vocab_size)
     config.check(resolved, job.loaded.origins)
-    plan = native_plan(resolved)
+    n_tokens = corpora.token_count(data.corpus, data.tokenizer, asked, job.cache)
+    if data.val_corpus:
+        n_tokens += corpora.token_count(data.val_corpus, data.tokenizer, asked, job.cache)
+    plan = native_plan(resolved, n_tokens)
     work = plan["flops_per_token"] * plan["tokens_per_step"] * resolved.train.steps
     earlier = earlier_rate(job)
     if earlier is not None:

@@ -159,7 +159,7 @@ def prepare_job(
         check_writable(job.runs)
     corpora.check(cfg.data.corpus, cfg.data.tokenizer, cfg.model.vocab_size, cfg.model.context)
     if cfg.data.val_corpus:
-        corpora.check(cfg.data.val_corpus, cfg.data.tokenizer, cfg.model.vocab_size, cfg.model.context)
+        corpora.check(cfg.data.val_corpus, cfg.data.tokenizer, 0, cfg.model.context)
     check_room(job)
     return job
 
@@ -182,7 +182,7 @@ def check_resume(cfg: config.Config, loaded: Loaded, project: Path | None) -> No
     cfg.checkpoint.resume = str(path)
 
 
-def native_plan(cfg: config.Config) -> dict[str, Any]:
+def native_plan(cfg: config.Config, corpus_tokens: int = 0) -> dict[str, Any]:
     """The exact memory of a resolved configuration, from the allocated graph. Raises ToyError (oom, bad_config)."""
     try:
         from toy import _native
@@ -191,7 +191,7 @@ def native_plan(cfg: config.Config) -> dict[str, Any]:
             "build_failed", "toy's native module is not built", "install toy: pip install . (or make setup)"
         ) from error
     try:
-        plan: dict[str, Any] = _native.plan(config.to_kv(cfg))
+        plan: dict[str, Any] = _native.plan(config.to_kv(cfg), corpus_tokens)
     except (ValueError, RuntimeError, MemoryError) as error:
         message, _, hint = str(error).partition("\n")
         kind = "bad_config" if isinstance(error, ValueError) else "oom"

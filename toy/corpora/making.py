@@ -22,6 +22,9 @@ from toy.models.vocabulary import placeholder_vocabulary
 #: Changes when the same corpus and tokenizer would pack to other bytes.
 PACKING = 1
 
+#: What byte-level BPE makes of English, for a guess before packing.
+BYTES_A_TOKEN = 3.5
+
 _BATCH_CHARACTERS = 1 << 20
 _SMALL = 1 << 23
 
@@ -120,13 +123,12 @@ def prepare(
     index = Index(cache)
     learned = like is None and tokenizer in ("chars", "bpe")
     meter = Meter(progress, source.n_bytes, passes=3 if learned else 2)
-    spec = like.manifest["tokenizer"]["sha256"] if like is not None else _tokenizer_spec(tokenizer, index)
-    size = like.vocab_size if like is not None else vocab_size
     content = source.sha256(index.known, index.learn, meter.read)
-    index.save()
-    key = hashlib.sha256(json.dumps([PACKING, content, spec, size]).encode()).hexdigest()
+    size = like.vocab_size if like is not None else vocab_size
     kind = like.manifest["tokenizer"]["kind"] if like is not None else tokenizer if tokenizer in KINDS else "file"
-    folder = cache / f"{_slug(source.name)}-{kind}-{key[:16]}"
+    spec = like.manifest["tokenizer"]["sha256"] if like is not None else _tokenizer_spec(tokenizer, index)
+    index.save()
+    folder = _place(cache, source, kind, spec, content, size)
     found = _load(folder)
     if found is not None:
         return found
@@ -161,6 +163,30 @@ def prepare(
         _write_json(part / MANIFEST, manifest)
     meter.finish()
     return _loaded(folder)
+
+
+def _place(cache: Path, source: Source, kind: str, spec: str, content: str, size: int) -> Path:
+    """Where these tokens are, or would be: by content, not by name."""
+    key = hashlib.sha256(json.dumps([PACKING, content, spec, size]).encode()).hexdigest()
+    return cache / f"{_slug(source.name)}-{kind}-{key[:16]}"
+
+
+def token_count(
+    corpus: str | Path | None, tokenizer: str = "bpe", vocab_size: int = 0, cache_dir: Path | None = None
+) -> int:
+    """How many tokens `prepare` would come to, without writing: exact where they are packed already, else a guess
+    from the bytes."""
+    path = Path(corpus).expanduser() if corpus else None
+    if path is not None and packed.is_packed(path):
+        return packed.token_file(path).stat().st_size // 4
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    source, index = open_source(path), Index(cache)
+    kind = tokenizer if tokenizer in KINDS else "file"
+    content = source.sha256(index.known, index.learn, lambda n: None)
+    found = _load(_place(cache, source, kind, _tokenizer_spec(tokenizer, index), content, vocab_size))
+    if found is not None:
+        return found.n_tokens
+    return int(source.n_bytes / (1 if tokenizer in ("bytes", "chars") else BYTES_A_TOKEN))
 
 
 def _pack(source: Source, tok: Tokenizer, writer: TokenWriter, meter: Meter) -> int:

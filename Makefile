@@ -1,0 +1,52 @@
+# The few verbs a person types. `make train` and `make test` are each enough on their own.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PLAY   := playground
+
+.PHONY: setup train test test-slow bench gate lint format clean
+
+setup: $(VENV)/.setup ## .venv with the `toy` command in it
+
+$(VENV)/.setup: pyproject.toml CMakeLists.txt $(wildcard native/*/*.cpp native/*/*.h vendor-patches/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
+
+train: setup ## make a project in playground/ and train its model there
+	test -e $(PLAY)/toy.yml || $(BIN)/toy new $(PLAY)
+	cd $(PLAY) && ../$(BIN)/toy train
+
+test: $(VENV)/.test ## everything but the long runs
+	$(BIN)/toy install
+	$(BIN)/cmake -B build/native -DTOY_TESTS=ON && $(BIN)/cmake --build build/native
+	$(BIN)/ctest --test-dir build/native --output-on-failure
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test ## the long runs: published losses
+	$(BIN)/python -m pytest -m slow tests/slow
+
+bench: $(VENV)/.test ## toy against PyTorch, and the GEMM roof, in one run
+	$(BIN)/python tests/bench/bench.py
+
+gate: setup ## train each recipe and compare its losses with data/gates, byte for byte
+	$(BIN)/python -m pytest tests/cpu/test_bytes.py
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.h')
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'native/*.cpp' 'native/*.h')
+
+clean: ## forget what was built; runs and data stay
+	rm -rf build libexec $(VENV) .pytest_cache .mypy_cache .ruff_cache
