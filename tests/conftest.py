@@ -1,0 +1,94 @@
+"""Groups by directory (unit, cpu, gpu, slow, readme), and the fixtures they share.
+
+The caches, the home and the projects of a session are its own; the runners are those of the checkout, built once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import EXCERPT, TINY, Toy
+
+GROUPS = ("unit", "cpu", "gpu", "slow", "readme")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark by directory; slow tests run only where they are asked for, by `-m slow` or by their path."""
+    here = Path(__file__).parent
+    for item in items:
+        group = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        if group in GROUPS:
+            item.add_marker(getattr(pytest.mark, group))
+    if not config.getoption("-m") and not any("slow" in arg for arg in config.args):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A home and caches with nothing in them."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / ".cache").mkdir()
+    return {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / ".cache")}
+
+
+@pytest.fixture(scope="session")
+def built(home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The runners of this machine: minutes the first time, nothing after."""
+    Toy(tmp_path_factory.mktemp("build"), home)("install", timeout=900).ok()
+
+
+@pytest.fixture
+def cold_toy(tmp_path: Path, home: dict[str, str]) -> Toy:
+    """The command line in an empty directory, whether or not its runners are built."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return Toy(folder, home)
+
+
+@pytest.fixture
+def toy(cold_toy: Toy, built: None) -> Toy:
+    """The command line in an empty directory."""
+    return cold_toy
+
+
+class Trained:
+    """A run that many tests look at and none changes."""
+
+    def __init__(self, toy: Toy, folder: Path, *flags: object) -> None:
+        self.toy = toy
+        self.run = folder / "run"
+        self.result = toy("train", *flags, "--out", self.run).ok()
+        self.gguf = self.run / "weights" / "model.gguf"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.run / "config.json").read_text(encoding="utf-8"))
+        return found
+
+
+@pytest.fixture(scope="session")
+def trained(home: dict[str, str], built: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Preset tiny (bytes) on the excerpt, with a checkpoint on the way."""
+    folder = tmp_path_factory.mktemp("trained")
+    return Trained(Toy(folder, home), folder, *TINY, "--set", "checkpoint.every=20")
+
+
+@pytest.fixture(scope="session", params=["bytes", "chars", "bpe"])
+def spoken(
+    request: pytest.FixtureRequest, home: dict[str, str], built: None, tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
+    """A grouped-query model for each kind of tokenizer, trained until it says more than one letter."""
+    folder = tmp_path_factory.mktemp(f"spoken-{request.param}")
+    knobs = {
+        "data.tokenizer": request.param, "model.vocab_size": 400 if request.param == "bpe" else 0,
+        "model.n_head_kv": 2, "model.tie_embeddings": str(request.param != "chars").lower(), "model.context": 128,
+        "train.learning_rate": 0.01, "eval.batches": 1,
+    }  # fmt: skip
+    sets = [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
+    flags = ("--preset", "tiny", "--corpus", EXCERPT, "--steps", 150, "--no-sample")
+    return Trained(Toy(folder, home), folder, *flags, *sets)
