@@ -1,7 +1,8 @@
 """toy against PyTorch at shapes S and M, and what matrix products can do here, in one run: python tests/bench/bench.py
 
 Both sides are measured in turn (toy, eager, compiled, toy, …), each step by itself; a round's figure is the median of
-its steps after warm-up, and the result the median of the rounds. README.md says how to read the table.
+its steps after warm-up, and the result the median of the rounds. A turn during which other programs compute is
+repeated. README.md says how to read the table.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import sys
 import tempfile
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from quiet import Busy, Quiet
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -105,21 +110,20 @@ class Torch:
         self.version = answer["version"]
         return answer
 
-    def round(self, side: Side) -> bool:
+    def round(self, side: Side) -> None:
         warm, measured = STEPS[self.name]
         answer = self.ask(warm + measured)
         if answer is None:
-            return False
+            raise SystemExit(f"PyTorch ({side.name}) ended in the middle of its run")
         side.rounds.append(statistics.median(answer["seconds"][warm:]))
         side.peak_rss_bytes, side.parameters = answer["peak_rss_bytes"], answer["parameters"]
-        return True
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
 
 
-def measure(name: str, rounds: int, threads: int) -> tuple[dict[str, Side], str]:
+def measure(name: str, rounds: int, threads: int, quiet: Quiet) -> tuple[dict[str, Side], str]:
     """The sides at one shape, and PyTorch's version ("" without it)."""
     shape = SHAPES[name]
     sides = {"toy": Side("toy")}
@@ -128,6 +132,7 @@ def measure(name: str, rounds: int, threads: int) -> tuple[dict[str, Side], str]
         for mode in ("eager", "compile"):
             print(f"{name}: starting PyTorch ({mode})", file=sys.stderr)
             torches[mode] = Torch(shape, name, mode, threads)
+            quiet.pids.add(torches[mode].process.pid)
             if torches[mode].ask(2) is None:  # it compiles here, or cannot (no compiler, say)
                 print(f"{name}: PyTorch ({mode}) does not run here", file=sys.stderr)
                 torches.pop(mode).close()
@@ -135,21 +140,23 @@ def measure(name: str, rounds: int, threads: int) -> tuple[dict[str, Side], str]
                 sides[mode] = Side(mode)
     try:
         for n in range(rounds):
-            toy_round(shape, name, threads, sides["toy"])
-            for mode, torch in torches.items():
+            turns: dict[str, Callable[[], None]] = {"toy": partial(toy_round, shape, name, threads, sides["toy"])}
+            turns |= {mode: partial(torch.round, sides[mode]) for mode, torch in torches.items()}
+            for mode, turn in turns.items():
                 time.sleep(0.5)  # the other side's threads have stopped spinning
-                torch.round(sides[mode])
+                quiet.turn(turn, sides[mode].rounds.pop)
             speeds = "  ".join(
                 f"{side.name} {shape['batch'] * shape['context'] / side.rounds[-1]:,.0f}" for side in sides.values()
             )
             print(f"{name}: round {n + 1} of {rounds}, tokens/s: {speeds}", file=sys.stderr)
     finally:
         for torch in torches.values():
+            quiet.pids.discard(torch.process.pid)
             torch.close()
     return sides, next((torch.version for torch in torches.values()), "")
 
 
-def gemm_roof(threads: int) -> list[dict[str, Any]]:
+def gemm_roof(threads: int, quiet: Quiet) -> list[dict[str, Any]]:
     """GFLOP/s of toy's f32 products (ggml with the patches) and of PyTorch's, in turn."""
     from toy.runners import ensure_built, find_root, wheel_tool
 
@@ -159,17 +166,23 @@ def gemm_roof(threads: int) -> list[dict[str, Any]]:
         subprocess.run([cmake, *words], cwd=find_root().source, check=True, stdout=subprocess.DEVNULL)
     program = next(path for path in build.rglob("bench-gemm") if os.access(path, os.X_OK) and path.is_file())
     rows: list[dict[str, Any]] = []
-    for m, k, n in PRODUCTS:
-        ours = subprocess.run(
-            [program, "-t", str(threads), str(m), str(k), str(n)], capture_output=True, text=True, check=True
-        ).stdout
-        for line in ours.splitlines():
-            rows.append(json.loads(line))
+
+    def both(m: int, k: int, n: int) -> None:
+        argv = [str(program), "-t", str(threads), str(m), str(k), str(n)]
+        ours = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = [json.loads(line) for line in ours]
         if importlib.util.find_spec("torch") is not None:
             argv = [sys.executable, str(HERE / "torch_worker.py"), "gemm", str(threads), f"{m}x{k}x{n}"]
-            theirs = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-            for row, line in zip(rows[-3:], theirs.splitlines(), strict=True):
+            theirs = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+            for row, line in zip(found, theirs, strict=True):
                 row["torch"] = json.loads(line)["gflops"]
+        rows.extend(found)
+
+    def forget() -> None:
+        del rows[-3:]
+
+    for product in PRODUCTS:
+        quiet.turn(partial(both, *product), forget)
     return rows
 
 
@@ -191,7 +204,11 @@ def commit() -> str:
 
 
 def report(
-    measured: dict[str, tuple[dict[str, Side], str]], roof: list[dict[str, Any]], threads: int, rounds: int
+    measured: dict[str, tuple[dict[str, Side], str]],
+    roof: list[dict[str, Any]],
+    threads: int,
+    rounds: int,
+    quiet: Quiet,
 ) -> str:
     version = next((v for _, v in measured.values() if v), "")
     lines = [
@@ -199,7 +216,8 @@ def report(
         "",
         f"{cpu_name()}, {threads} threads; {platform.system()} {platform.release()}; "
         f"Python {platform.python_version()}; PyTorch {version or 'not installed'}; toy at commit {commit()}; "
-        f"{rounds} rounds, sides in turn; f32.",
+        f"{rounds} rounds, sides in turn; f32. "
+        f"Other programs used at most {100 * quiet.worst:.1f} % of the machine in a turn; {quiet.repeated} repeated.",
         "",
     ]
     if version:
@@ -267,9 +285,13 @@ def main() -> None:
     from toy.config import usable_cores
 
     threads = args.threads or usable_cores()
-    measured = {name: measure(name, args.rounds, threads) for name in args.shapes.split(",")}
-    roof = [] if args.no_gemm else gemm_roof(threads)
-    text = report(measured, roof, threads, args.rounds)
+    quiet = Quiet()
+    try:
+        measured = {name: measure(name, args.rounds, threads, quiet) for name in args.shapes.split(",")}
+        roof = [] if args.no_gemm else gemm_roof(threads, quiet)
+    except Busy as busy:
+        raise SystemExit(f"no result: {busy}") from None
+    text = report(measured, roof, threads, args.rounds, quiet)
     words = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower().replace("(r)", "").replace("processor", "")).strip("-")
     out = args.out or HERE / "results" / f"{datetime.date.today().isoformat()}-{words}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
