@@ -106,7 +106,7 @@ def toy(ctx: click.Context) -> None:
 
     \b
     toy new play && cd play && toy train
-    toy infer runs/latest --prompt "The "
+    toy infer runs/latest --prompt The
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

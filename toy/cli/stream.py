@@ -228,7 +228,7 @@ class Training:
         except ImportError:
             return "", None
         problem: Exception | None = None
-        for prompt in ("The ", "\n", "a"):
+        for prompt in ("The", "\n", "a"):  # no space at the end: bpe puts it before the next word
             try:
                 return prompt, sample_text(gguf, prompt, SAMPLE_TOKENS, self.cfg.run.seed)
             except Exception as error:
@@ -259,7 +259,7 @@ class Training:
             lines += ["", *("    " + line for line in shown_text.strip("\n").splitlines()[:20]), ""]
         if document["gguf"]:
             lines.append(f"model: {shown(document['gguf'])}")
-            lines.append(f"run it: toy infer {quote(shown(self.run))} --prompt {quote(prompt or 'The ')}")
+            lines.append(f"run it: toy infer {quote(shown(self.run))} --prompt {quote(prompt or 'The')}")
         out = sys.stdout if sys.stdout.isatty() else sys.stderr
         click.echo("\n".join(lines), file=out)
 
