@@ -179,6 +179,24 @@ step_result session::step() {
     return r;
 }
 
+// Where a node stands: its own name if the model gave it one, else the nearest named tensor that it is computed from.
+static std::string nearest_name(const ggml_tensor * node) {
+    std::vector<const ggml_tensor *> reached = { node };   // breadth first
+    for (size_t i = 0; i < reached.size() && i < 256; i++) {
+        const std::string name = reached[i]->name;
+        if (name.rfind("blk.", 0) == 0 || name == "logits" || name == "loss" || (reached[i]->flags & GGML_TENSOR_FLAG_PARAM)) {
+            // ggml marks what it derives: "blk.0.attn_q.weight (transposed)"
+            return name.substr(0, name.find(' '));
+        }
+        for (const ggml_tensor * src : reached[i]->src) {
+            if (src) {
+                reached.push_back(src);
+            }
+        }
+    }
+    return node->name;
+}
+
 // Runs the last micro-batch again one operation at a time: buffers are shared, so a value is only there right after it was computed.
 std::string session::find_bad_tensor(float loss_scale) {
     std::vector<float> row;
@@ -202,13 +220,7 @@ std::string session::find_bad_tensor(float loss_scale) {
         ggml_cgraph one = ggml_graph_view(graph, i, i + 1);
         be.compute(&one);
         if (node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) && !is_finite(node)) {
-            // say where a node without a name of its own stands: by the weight it uses
-            for (const ggml_tensor * src : node->src) {
-                if (src && (src->flags & GGML_TENSOR_FLAG_PARAM)) {
-                    return format("%s of %s", ggml_op_desc(node), src->name);
-                }
-            }
-            return format("%s (%s)", node->name, ggml_op_desc(node));
+            return format("%s at %s", ggml_op_desc(node), nearest_name(node).c_str());
         }
     }
     return "";

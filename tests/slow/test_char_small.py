@@ -21,5 +21,5 @@ def test_char_small_ends_under_1_60(toy: Toy) -> None:
     print(f"validation loss {loss:.4f} in {seconds:.0f} s, {document['tokens_per_second']:.0f} tokens/s")
     assert last["tokens"] > 100_000, "the whole of the last tenth is what others publish"
     assert document["val_loss"] < 1.60
-    said = toy("infer", "run", "--prompt", "ROMEO:", "--n", 200, "--seed", 1).ok().stdout
-    assert len(said) > 150
+    said = toy("infer", "run", "--prompt", "ROMEO:", "--n", 80, "--seed", 1).ok().stdout
+    assert len(said) > 60
