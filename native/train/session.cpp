@@ -167,7 +167,7 @@ step_result session::step() {
         r.grad_norm = opt->grad_norm(&bad);
     }
     if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm)) {
-        r.bad_tensor = find_bad_tensor(1.0f / (float) std::max<int64_t>(tokens_per_step(), 1));
+        r.bad_tensor = find_bad_tensor();
         if (r.bad_tensor.empty()) {
             r.bad_tensor = bad ? "gradient of " + bad->name : "the sum of squared gradients";
         }
@@ -197,8 +197,9 @@ static std::string nearest_name(const ggml_tensor * node) {
     return node->name;
 }
 
-// Runs the last micro-batch again one operation at a time: buffers are shared, so a value is only there right after it was computed.
-std::string session::find_bad_tensor(float loss_scale) {
+// Runs the last micro-batch again (its inputs are still there) one operation at a time: buffers are shared, so a value is only there right after it
+// was computed.
+std::string session::find_bad_tensor() {
     std::vector<float> row;
     const auto         is_finite = [&](const ggml_tensor * t) {
         row.resize(ggml_nelements(t));
@@ -210,7 +211,6 @@ std::string session::find_bad_tensor(float loss_scale) {
             return "weight " + p.name;
         }
     }
-    ggml_backend_tensor_set(scale, &loss_scale, 0, sizeof(loss_scale));
     w.zero_gradients();
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);

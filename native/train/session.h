@@ -84,7 +84,7 @@ struct session {
 
     void        build_step();
     float       run(ggml_cgraph * g, const batch & b, float loss_scale);
-    std::string find_bad_tensor(float loss_scale);
+    std::string find_bad_tensor();
 };
 
 }   // namespace toy

@@ -139,14 +139,7 @@ class Tokenizer:
         ids: list[int] = []
         if add_special and self.vocabulary.add_bos and "bos" in special:
             ids.append(special["bos"])
-        at_start = True
-        for fragment in self._cut(text, parse_special):
-            if isinstance(fragment, int):
-                ids.append(fragment)
-                at_start = True
-            else:
-                ids += self._encode_plain(fragment, at_start)
-                at_start = False
+        ids += self._encode_piece(text, at_start=True, parse_special=parse_special)
         if add_special and self.vocabulary.add_eos and "eos" in special:
             ids.append(special["eos"])
         return ids
@@ -163,9 +156,9 @@ class Tokenizer:
         encoded = self._byte_level().encode_batch_fast([text for text, _ in pieces], add_special_tokens=False)
         return [array("i", self._known(one.ids)) for one in encoded]
 
-    def _encode_piece(self, text: str, at_start: bool) -> list[int]:
+    def _encode_piece(self, text: str, at_start: bool, parse_special: bool = False) -> list[int]:
         ids: list[int] = []
-        for fragment in self._cut(text, parse_special=False):
+        for fragment in self._cut(text, parse_special):
             if isinstance(fragment, int):
                 ids.append(fragment)
                 at_start = True
