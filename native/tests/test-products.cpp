@@ -1,0 +1,237 @@
+// Matrix products: forward against a plain reference in double precision, backward against central finite differences, and the
+// same bytes with 1, 2, 3 and 7 threads.
+
+#include "ops.h"
+
+static std::vector<double> mul_mat_reference(const ggml_tensor * a, const ggml_tensor * b, bool out_prod) {
+    const int64_t       n  = out_prod ? a->ne[0] : a->ne[1];
+    const int64_t       m  = out_prod ? b->ne[0] : b->ne[1];
+    const int64_t       nk = out_prod ? a->ne[1] : a->ne[0];
+    std::vector<double> c;
+    for (int64_t i3 = 0; i3 < b->ne[3]; ++i3) {
+        for (int64_t i2 = 0; i2 < b->ne[2]; ++i2) {
+            const int64_t a2 = i2 / (b->ne[2] / a->ne[2]), a3 = i3 / (b->ne[3] / a->ne[3]);
+            for (int64_t i1 = 0; i1 < m; ++i1) {
+                for (int64_t i0 = 0; i0 < n; ++i0) {
+                    double sum = 0.0;
+                    for (int64_t k = 0; k < nk; ++k) {
+                        sum += out_prod ? (double) get(a, i0, k, a2, a3) * get(b, i1, k, i2, i3)
+                                        : (double) get(a, k, i0, a2, a3) * get(b, k, i1, i2, i3);
+                    }
+                    c.push_back(sum);
+                }
+            }
+        }
+    }
+    return c;
+}
+
+static void test_mul_mat() {
+    const std::vector<std::vector<int64_t>> shapes = {
+        // m, k, n
+        { 1, 1, 1 },      { 4, 1, 1 },     { 1, 65, 33 },     { 3, 40, 17 },   { 4, 5, 7 },      { 5, 16, 16 },
+        { 13, 33, 31 },   { 14, 64, 32 },  { 15, 100, 33 },   { 28, 384, 48 }, { 29, 385, 65 },  { 40, 769, 63 },
+        { 300, 17, 600 }, { 601, 50, 70 }, { 57, 1153, 530 }, { 6, 8, 513 },   { 2, 400, 1000 },
+    };
+    for (const auto & s : shapes) {
+        const int64_t     m = s[0], k = s[1], n = s[2];
+        const std::string name  = " m=" + std::to_string(m) + " k=" + std::to_string(k) + " n=" + std::to_string(n);
+        const double      limit = 2e-7 * std::sqrt((double) k) + 2e-7;
+        context           ctx;
+        {
+            ggml_tensor * a = new_f32(ctx, { k, n });
+            ggml_tensor * b = new_f32(ctx, { k, m });
+            compare(run(ctx, ggml_mul_mat(ctx, a, b), "mul_mat" + name), mul_mat_reference(a, b, false), limit, "mul_mat" + name);
+        }
+        {   // rows with gaps
+            ggml_tensor * a = ggml_view_2d(ctx, new_f32(ctx, { k + 3, n }), k, n, (k + 3) * sizeof(float), sizeof(float));
+            ggml_tensor * b = ggml_view_2d(ctx, new_f32(ctx, { k + 5, m }), k, m, (k + 5) * sizeof(float), 2 * sizeof(float));
+            compare(run(ctx, ggml_mul_mat(ctx, a, b), "mul_mat view" + name), mul_mat_reference(a, b, false), limit, "mul_mat view" + name);
+        }
+        {
+            ggml_tensor * a = new_f32(ctx, { n, k });
+            ggml_tensor * b = new_f32(ctx, { m, k });
+            compare(run(ctx, ggml_out_prod(ctx, a, b), "out_prod" + name), mul_mat_reference(a, b, true), limit, "out_prod" + name);
+        }
+        {
+            ggml_tensor * a = new_f32(ctx, { n, k });
+            ggml_tensor * b = ggml_transpose(ctx, new_f32(ctx, { k, m }));
+            compare(run(ctx, ggml_out_prod(ctx, a, b), "out_prod transposed" + name), mul_mat_reference(a, b, true), limit,
+                    "out_prod transposed" + name);
+        }
+    }
+    for (int64_t r3 : { 1, 2 }) {   // dims 2 and 3 broadcast; heads permuted as in attention
+        context           ctx;
+        const std::string name = " broadcast r3=" + std::to_string(r3);
+        ggml_tensor *     a    = ggml_permute(ctx, new_f32(ctx, { 20, 3, 37, 2 }), 0, 2, 1, 3);
+        ggml_tensor *     b    = ggml_permute(ctx, new_f32(ctx, { 20, 9, 19, 2 * r3 }), 0, 2, 1, 3);
+        compare(run(ctx, ggml_mul_mat(ctx, a, b), "mul_mat" + name), mul_mat_reference(a, b, false), 1e-6, "mul_mat" + name);
+        ggml_tensor * c = ggml_permute(ctx, new_f32(ctx, { 20, 3, 19, 2 }), 0, 2, 1, 3);
+        ggml_tensor * d = ggml_permute(ctx, new_f32(ctx, { 23, 9, 19, 2 * r3 }), 0, 2, 1, 3);
+        compare(run(ctx, ggml_out_prod(ctx, c, d), "out_prod" + name), mul_mat_reference(c, d, true), 1e-6, "out_prod" + name);
+        ggml_tensor * e = ggml_permute(ctx, new_f32(ctx, { 19, 23, 9, 2 * r3 }), 1, 0, 2, 3);
+        compare(run(ctx, ggml_out_prod(ctx, c, e), "out_prod permuted" + name), mul_mat_reference(c, e, true), 1e-6, "out_prod permuted" + name);
+    }
+    {   // a row's bytes depend neither on its position nor on the other rows
+        context                  ctx;
+        ggml_tensor *            a    = new_f32(ctx, { 500, 700 });
+        ggml_tensor *            b    = new_f32(ctx, { 500, 90 });
+        ggml_tensor *            part = ggml_view_2d(ctx, b, 500, 9, b->nb[1], 37 * b->nb[1]);
+        ggml_tensor *            cols = ggml_view_2d(ctx, a, 500, 41, a->nb[1], 333 * a->nb[1]);
+        const std::vector<float> all  = run(ctx, ggml_mul_mat(ctx, a, b), "mul_mat");
+        const std::vector<float> few  = run(ctx, ggml_mul_mat(ctx, a, part), "mul_mat");
+        const std::vector<float> sub  = run(ctx, ggml_mul_mat(ctx, cols, b), "mul_mat");
+        check(memcmp(all.data() + 37 * 700, few.data(), few.size() * sizeof(float)) == 0, "mul_mat: some rows have the bytes of all rows");
+        bool same = true;
+        for (int64_t i = 0; i < 90; ++i) {
+            same = same && memcmp(all.data() + i * 700 + 333, sub.data() + i * 41, 41 * sizeof(float)) == 0;
+        }
+        check(same, "mul_mat: some columns have the bytes of all columns");
+    }
+    const std::vector<std::vector<int64_t>> broadcasts = {
+        // a2, a3, b2, b3
+        { 1, 1, 1, 1 }, { 3, 2, 3, 2 }, { 3, 1, 9, 1 }, { 3, 2, 9, 2 }, { 1, 1, 4, 3 }, { 2, 1, 2, 4 }, { 2, 2, 6, 6 },
+    };
+    for (const auto & s : broadcasts) {
+        const std::string name =
+            "mul_mat " + std::to_string(s[0]) + "," + std::to_string(s[1]) + " on " + std::to_string(s[2]) + "," + std::to_string(s[3]);
+        check_gradients(
+            name,
+            [&](ggml_context * ctx) {
+                ggml_tensor * a = new_f32(ctx, { 7, 11, s[0], s[1] });
+                ggml_tensor * b = new_f32(ctx, { 7, 5, s[2], s[3] });
+                return function{ ggml_mul_mat(ctx, a, b), { a, b } };
+            },
+            0.5f, 1e-5);
+    }
+}
+
+// --- weights of other types, converted as they are packed -----------------------------------------------------------
+
+static ggml_tensor * new_of(ggml_context * ctx, ggml_type type, std::vector<int64_t> ne) {
+    ggml_tensor *      t = ggml_new_tensor(ctx, type, (int) ne.size(), ne.data());
+    std::vector<float> x(ggml_nelements(t));
+    for (float & v : x) {
+        v = rng_uniform();
+    }
+    ggml_quantize_chunk(type, x.data(), t->data, 0, ggml_nrows(t), ne[0], nullptr);
+    return t;
+}
+
+// the same numbers in f32, contiguous
+static ggml_tensor * as_f32(ggml_context * ctx, const ggml_tensor * t) {
+    ggml_tensor *            y        = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, t->ne);
+    const ggml_type_traits * traits   = ggml_get_type_traits(t->type);
+    const int64_t            n_rows[] = { t->ne[1], t->ne[2], t->ne[3] };
+    for (int64_t r = 0; r < ggml_nrows(t); ++r) {
+        const int64_t i1 = r % n_rows[0], i2 = r / n_rows[0] % n_rows[1], i3 = r / n_rows[0] / n_rows[1];
+        traits->to_float((const char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3], ggml_get_data_f32(y) + r * t->ne[0], t->ne[0]);
+    }
+    return y;
+}
+
+static ggml_tensor * mul_mat_f32(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+    ggml_tensor * c = ggml_mul_mat(ctx, a, b);
+    ggml_mul_mat_set_prec(c, GGML_PREC_F32);
+    return c;
+}
+
+// a product with a has to have the bytes of the product with a in f32, which is close to a reference in double
+static void check_converted(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, bool out_prod, const std::string & name) {
+    ggml_tensor *            f    = as_f32(ctx, a);
+    ggml_tensor *            want = out_prod ? ggml_out_prod(ctx, f, b) : mul_mat_f32(ctx, f, b);
+    const std::vector<float> got  = run(ctx, out_prod ? ggml_out_prod(ctx, a, b) : mul_mat_f32(ctx, a, b), name);
+    compute(graph_of(ctx, want), 1);
+    check(memcmp(got.data(), want->data, got.size() * sizeof(float)) == 0, name + ": the bytes of the product with src0 in f32");
+    compare(got, mul_mat_reference(f, b, out_prod), 1e-5, name);
+}
+
+static void test_types() {
+    const std::vector<ggml_type> types = {
+        GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0,   GGML_TYPE_Q5_1,
+        GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS,
+    };
+    for (ggml_type type : types) {
+        const int64_t     u    = ggml_blck_size(type);   // a unit of the row length
+        const std::string name = std::string(" ") + ggml_type_name(type);
+        // row lengths around the blocks of terms (384 at most), which cut blocks of 32 and 256 in two
+        for (int64_t ne0 : u == 1 ? std::vector<int64_t>{ 1, 385, 801 } : std::vector<int64_t>{ u, (400 + u) / u * u, (800 + u) / u * u }) {
+            for (int64_t m : { 1, 3, 50 }) {
+                context           ctx;
+                const std::string size = name + " " + std::to_string(ne0) + " m=" + std::to_string(m);
+                ggml_tensor *     a    = new_of(ctx, type, { ne0, 75 });
+                check_converted(ctx, a, new_f32(ctx, { ne0, m }), false, "mul_mat" + size);
+                check_converted(ctx, a, new_f32(ctx, { m, 75 }), true, "out_prod" + size);
+                check_converted(ctx, a, ggml_transpose(ctx, new_f32(ctx, { 75, m })), true, "out_prod transposed" + size);
+            }
+        }
+        {   // rows with gaps; many rows, so that there are several tiles
+            context       ctx;
+            ggml_tensor * all = new_of(ctx, type, { 3 * 256, 700 });
+            ggml_tensor * a   = ggml_view_2d(ctx, all, 2 * 256, 350, 2 * all->nb[1], ggml_row_size(type, 256));
+            check_converted(ctx, a, new_f32(ctx, { 2 * 256, 33 }), false, "mul_mat view" + name);
+            check_converted(ctx, a, new_f32(ctx, { 33, 350 }), true, "out_prod view" + name);
+            check_converted(ctx, all, new_f32(ctx, { 3 * 256, 40 }), false, "mul_mat tiles" + name);
+        }
+        {   // dims 2 and 3 broadcast
+            context       ctx;
+            ggml_tensor * a = new_of(ctx, type, { 256, 21, 3, 2 });
+            check_converted(ctx, a, new_f32(ctx, { 256, 5, 9, 4 }), false, "mul_mat broadcast" + name);
+            check_converted(ctx, a, new_f32(ctx, { 5, 21, 9, 4 }), true, "out_prod broadcast" + name);
+        }
+        {   // decoding, as ggml has it: src1 is rounded to blocks of 8 bits too
+            context       ctx;
+            ggml_tensor * a = new_of(ctx, type, { 512, 60 });
+            ggml_tensor * b = new_f32(ctx, { 512, 7 });
+            compare(run(ctx, ggml_mul_mat(ctx, a, b), "mul_mat" + name), mul_mat_reference(as_f32(ctx, a), b, false), 2e-2, "mul_mat" + name);
+        }
+        {
+            context                  ctx;
+            ggml_tensor *            a    = new_of(ctx, type, { 512, 11 });
+            ggml_tensor *            f    = as_f32(ctx, a);
+            const std::vector<float> rows = run(ctx, ggml_get_rows(ctx, a, new_i32(ctx, { 10, 0, 3, 3 })), "get_rows" + name);
+            const int64_t            at[] = { 10, 0, 3, 3 };
+            for (int64_t i = 0; i < 4; ++i) {
+                check(memcmp(rows.data() + i * 512, ggml_get_data_f32(f) + at[i] * 512, 512 * sizeof(float)) == 0, "get_rows" + name);
+            }
+        }
+        check_gradients(
+            "mul_mat with frozen" + name,
+            [&](ggml_context * ctx) {
+                ggml_tensor * a = new_of(ctx, type, { 256, 19 });
+                ggml_tensor * b = new_of(ctx, type, { 256, 8, 1, 2 });
+                ggml_tensor * x = new_f32(ctx, { 256, 7, 3, 2 });
+                ggml_tensor * y = ggml_reshape_4d(ctx, mul_mat_f32(ctx, a, ggml_reshape_2d(ctx, x, 256, 42)), 19, 7, 3, 2);
+                return function{ ggml_concat(ctx, y, mul_mat_f32(ctx, b, x), 0), { x } };
+            },
+            0.5f, 1e-5);
+    }
+}
+
+static void test_attention() {
+    check_gradients(
+        "grouped-query attention, 9 heads on 3, batch 2",
+        [](ggml_context * ctx) {
+            const int64_t d = 6, n_tokens = 10, n_batch = 2;
+            ggml_tensor * q    = new_f32(ctx, { d, 9, n_tokens, n_batch });
+            ggml_tensor * k    = new_f32(ctx, { d, 3, n_tokens, n_batch });
+            ggml_tensor * v    = new_f32(ctx, { d, 3, n_tokens, n_batch });
+            ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_tokens, n_tokens);
+            for (int64_t i = 0; i < n_tokens * n_tokens; ++i) {
+                ggml_get_data_f32(mask)[i] = i % n_tokens > i / n_tokens ? -INFINITY : 0.0f;
+            }
+            ggml_tensor * kq  = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3));
+            kq                = ggml_soft_max_ext(ctx, kq, mask, 0.4f, 0.0f);
+            ggml_tensor * kqv = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3)), kq);
+            return function{ ggml_cont(ctx, ggml_permute(ctx, kqv, 0, 2, 1, 3)), { q, k, v } };
+        },
+        1e-2f, 2e-4);
+}
+
+int main() {
+    ggml_cpu_init();
+    test_mul_mat();
+    test_types();
+    test_attention();
+    return summary("test-products");
+}
