@@ -1,23 +1,98 @@
 """Text -> packed tokens: `python prep/pack_text.py CORPUS OUT --tokenizer chars`.
 
-CORPUS is a text file, a folder of them, a .jsonl with a text in every line, or "" for Python's own manual. OUT becomes
-a folder that `--corpus OUT` takes, here or on another machine: the ids (little-endian int32), the manifest that makes
-them checkable, and the tokenizer as a GGUF without weights and as a tokenizer.json. `toy train` packs by itself; this
-is for packing once, elsewhere, or for looking at the result.
+CORPUS is a text file, a folder of them, a .jsonl of texts, prompts with completions, or conversations, or "" for
+Python's own manual. OUT becomes a folder that `--corpus OUT` takes, here or on another machine: the ids (little-endian
+int32), of examples where each begins and which tokens are learned, the manifest that makes them checkable, and the
+tokenizer as a GGUF without weights and as a tokenizer.json. `toy train` packs by itself; this is for packing once,
+elsewhere, or for looking at the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toy import corpora
 from toy.errors import ToyError
+
+
+def pack(args: argparse.Namespace) -> dict[str, object]:
+    require_free(args.out, args.force)
+    examples = corpora.kind_of(args.corpus, texts_are_examples=args.examples) == "examples"
+    if args.examples and not examples:
+        raise ToyError("bad_flag", f"{args.corpus or 'the manual'} is no .jsonl of examples", "leave --examples out")
+    if examples:
+        corpora.check_examples(args.corpus, args.tokenizer)
+    else:
+        corpora.check(args.corpus, args.tokenizer, args.vocab_size)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    progress = show if sys.stderr.isatty() else None
+    with tempfile.TemporaryDirectory(prefix=".pack-", dir=args.out.parent) as cache:
+        if examples:
+            made = corpora.prepare_examples(
+                args.corpus, args.tokenizer, Path(cache), progress, vocab_size=args.vocab_size
+            )
+        else:
+            made = corpora.prepare(args.corpus, args.tokenizer, args.vocab_size, Path(cache), progress)
+        if made.tokens.parent.parent != Path(cache).absolute():
+            raise ToyError("bad_flag", f"{args.corpus} is packed already", "copy its folder instead")
+        publish(made.tokens.parent, args.out)
+    eos = made.manifest["eos_id"]
+    what = f"{made.n_examples:,} examples" if examples else f"{made.n_documents:,} documents"
+    print(
+        f"{args.out}: {made.n_tokens:,} tokens of {made.vocab_size:,} in {what} (end of text {eos})",
+        file=sys.stderr if args.json else sys.stdout,
+    )
+    return {"out": str(args.out), **made.manifest}
+
+
+def require_free(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise ToyError("bad_flag", f"{out} is there already", "choose another folder, or --force to replace it")
+
+
+def publish(folder: Path, out: Path) -> None:
+    """The packed folder at `out`, in the place of what was there."""
+    if out.is_dir():
+        shutil.rmtree(out)
+    elif out.exists():
+        out.unlink()
+    folder.rename(out)
+
+
+def show(done: int, total: int) -> None:
+    print(
+        f"\rpacking {100 * done / max(1, total):3.0f} %", end="\n" if done >= total else "", file=sys.stderr, flush=True
+    )
+
+
+def main_of(format: str, parser: argparse.ArgumentParser, pack: Callable[..., dict[str, object]]) -> int:
+    """Runs `pack`; its document, or its error, for `--json`."""
+    args = parser.parse_args()
+    try:
+        document = pack(args)
+    except ToyError as error:
+        if args.json:
+            print(json.dumps({"format": format, "error": error.as_json()}, ensure_ascii=False))
+        else:
+            print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}\nhint: check the path and its permissions", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted\nhint: nothing was left half-written; run it again", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps({"format": format, "packed": document.pop("format"), **document}, ensure_ascii=False))
+    return 0
 
 
 def main() -> int:
@@ -27,41 +102,10 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--tokenizer", default="bpe", help="bytes, chars, bpe, or a tokenizer.json or .gguf [bpe]")
     parser.add_argument("--vocab-size", type=int, default=0, help="size that bpe is trained to [2048]")
+    parser.add_argument("--examples", action="store_true", help="lines of {text} are examples, not documents")
     parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
-    args = parser.parse_args()
-    try:
-        pack(args.corpus, args.out, args.tokenizer, args.vocab_size, args.force)
-    except ToyError as error:
-        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted\nhint: nothing was left half-written; run it again", file=sys.stderr)
-        return 130
-    return 0
-
-
-def pack(corpus: str, out: Path, tokenizer: str, vocab_size: int, force: bool) -> None:
-    if out.exists() and not force:
-        raise ToyError("bad_flag", f"{out} is there already", "choose another folder, or --force to replace it")
-    corpora.check(corpus, tokenizer, vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pack-", dir=out.parent) as cache:
-        made = corpora.prepare(corpus, tokenizer, vocab_size, Path(cache), show if sys.stderr.isatty() else None)
-        if made.tokens.parent.parent != Path(cache).absolute():
-            raise ToyError("bad_flag", f"{corpus} is packed already", "copy its folder instead")
-        if out.exists():
-            shutil.rmtree(out)
-        made.tokens.parent.rename(out)
-    eos = made.manifest["eos_id"]
-    print(
-        f"{out}: {made.n_tokens:,} tokens of {made.vocab_size:,} in {made.n_documents:,} documents (end of text {eos})"
-    )
-
-
-def show(done: int, total: int) -> None:
-    print(
-        f"\rpacking {100 * done / max(1, total):3.0f} %", end="\n" if done >= total else "", file=sys.stderr, flush=True
-    )
+    parser.add_argument("--json", action="store_true", help="print the manifest on stdout")
+    return main_of("toy/pack-text-v1", parser, pack)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_vocabulary_size_is_what_prepare_comes_to(tmp_path: Path) -> None:
 
 
 def test_packed_tokens_cut_short_or_without_their_tokenizer(tmp_path: Path) -> None:
-    made = corpora.prepare(write(tmp_path / "a.txt", TEXT), "bytes", 0, tmp_path / "c")
+    made = corpora.prepare(write(tmp_path / "a.txt", TEXT), "chars", 0, tmp_path / "c")
     folder = tmp_path / "copy"
     folder.mkdir()
     (folder / "t.bin").write_bytes(made.tokens.read_bytes())
@@ -319,6 +319,18 @@ def test_too_short(tmp_path: Path) -> None:
     made.require(5, 0.5 + 1e-9) if made.n_tokens > 11 else None
     assert "train on" in refused(lambda: made.require(11)).message
     assert "validate on" in refused(lambda: made.require(5, 0.1)).message
+
+
+def test_too_short_for_its_validation_part(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.txt", "0123456789" * 10)
+    made = corpora.prepare(path, "bytes", 0, tmp_path / "c")
+    for corpus in (path, made.tokens):
+        for tokenizer in ("bytes", "chars"):
+            corpora.check(corpus, tokenizer, 0, 9, 0.1)
+            error = refused(functools.partial(corpora.check, corpus, tokenizer, 0, 10, 0.1))
+            assert "10 tokens to validate on" in error.message
+    made.require(9, 0.1)
+    assert "validate on" in refused(lambda: made.require(10, 0.1)).message
 
 
 @pytest.mark.parametrize(("tokenizer", "needed"), [("bytes", 257), ("chars", 21), ("bpe", 257)])
@@ -473,6 +485,11 @@ def test_pack_text_script(tmp_path: Path) -> None:
     again = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "error:" in again.stderr and "hint:" in again.stderr
     assert subprocess.run([*argv, "--force"], cwd=tmp_path, check=False, capture_output=True).returncode == 0
+    (tmp_path / "qa.jsonl").write_text('{"text": "ab"}\n')
+    packing = [*argv[:2], "qa.jsonl", "qa", "--tokenizer", "bytes", "--examples", "--json"]
+    document = json.loads(subprocess.run(packing, cwd=tmp_path, check=True, capture_output=True, text=True).stdout)
+    assert document["format"] == "toy/pack-text-v1" and document["examples"]["n_examples"] == 1
+    assert corpora.prepare_examples(tmp_path / "qa", "bytes").n_tokens == 3
     bad = [*argv[:2], "none.txt", "out2"]
     missing = subprocess.run(bad, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert missing.returncode == 2 and "no corpus" in missing.stderr and "Traceback" not in missing.stderr

@@ -10,7 +10,8 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -66,6 +67,38 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """`progress(done, total)`, in bytes, shown on stderr: a bar on a terminal, one line in a pipe, nothing at all when
+    it is quick."""
+    bar: Any = None
+    said = False
+    quiet_until = time.monotonic() + 0.4
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar, said
+        if time.monotonic() < quiet_until or (done >= total and bar is None):
+            return
+        if not sys.stderr.isatty():
+            if not said:
+                said = True
+                say(f"{doing} ({bytes_text(total)})")
+            return
+        if bar is None:
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+            bar = Progress(TextColumn(doing), BarColumn(), DownloadColumn(), console=console(), transient=True)
+            bar.start()
+            bar.add_task("", total=total)
+        bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 def quote(word: object) -> str:

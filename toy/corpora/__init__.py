@@ -1,6 +1,24 @@
-"""Text, folders, JSONL and packed ids -> packed tokens for a runner, with a manifest that makes them checkable."""
+"""Text, folders, JSONL, images and packed ids -> what a runner reads, with a manifest that makes it checkable."""
 
-from toy.corpora.making import check, default_cache_dir, prepare, token_count, vocabulary_size
+from toy.corpora.examples import check_examples, kind_of, prepare_examples
+from toy.corpora.images import PreparedImages, check_images, is_images, pack_one, prepare_images
+from toy.corpora.making import check, default_cache_dir, default_sequences, prepare, token_count, vocabulary_size
 from toy.corpora.packed import Prepared
 
-__all__ = ["Prepared", "check", "default_cache_dir", "prepare", "token_count", "vocabulary_size"]
+__all__ = [
+    "Prepared",
+    "PreparedImages",
+    "check",
+    "check_examples",
+    "check_images",
+    "default_cache_dir",
+    "default_sequences",
+    "is_images",
+    "kind_of",
+    "pack_one",
+    "prepare",
+    "prepare_examples",
+    "prepare_images",
+    "token_count",
+    "vocabulary_size",
+]

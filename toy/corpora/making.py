@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from toy.corpora import packed
+from toy.corpora import packed, packings
 from toy.corpora.cache import Index, Meter, Progress, writing
 from toy.corpora.packed import MANIFEST, TOKENIZER_GGUF, TOKENIZER_JSON, TOKENS, Prepared, TokenWriter
-from toy.corpora.sources import Part, Source, open_source, probe
+from toy.corpora.sources import Source, open_source, probe
 from toy.errors import ToyError
-from toy.models import gguf
 from toy.models.tokenizer import DEFAULT_BPE_SIZE, KINDS, SMALLEST_BPE_SIZE, Tokenizer
 from toy.models.vocabulary import placeholder_vocabulary
 
 #: Changes when the same corpus and tokenizer would pack to other bytes.
 PACKING = 1
+
+#: Short sequences, packed, that a project or toy's own source has in `data/`.
+SEQUENCES = "ts_seqs.bin"
 
 #: What byte-level BPE makes of English, for a guess before packing.
 BYTES_A_TOKEN = 3.5
@@ -36,15 +38,31 @@ def default_cache_dir(project: Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toy" / "packed"
 
 
-def check(corpus: str | Path | None, tokenizer: str = "bpe", vocab_size: int = 0, context: int = 0) -> None:
+def default_sequences(project: Path | None = None) -> Path | None:
+    """The corpus of a recipe that names none: `data/ts_seqs.bin` of the project, else of toy's checkout."""
+    home = os.environ.get("TOY_HOME")
+    for root in (project, Path(home).expanduser() if home else None, Path(__file__).resolve().parents[2]):
+        if root is not None and (root / "data" / SEQUENCES).is_file():
+            return root / "data" / SEQUENCES
+    return None
+
+
+def check(
+    corpus: str | Path | None,
+    tokenizer: str = "bpe",
+    vocab_size: int = 0,
+    context: int = 0,
+    val_fraction: float = 0.0,
+) -> None:
     """The cheap validations, before anything is made: a few milliseconds, at most a small corpus read whole.
 
-    Raises ToyError when the corpus is missing, empty, unreadable, binary or surely too short for one sequence, when the
-    tokenizer's file is no tokenizer, or when `vocab_size` (0: the tokenizer's) cannot hold the corpus' ids.
+    Raises ToyError when the corpus is missing, empty, unreadable, binary or surely too short for one sequence (in its
+    last `val_fraction` too), when the tokenizer's file is no tokenizer, or when `vocab_size` (0: the tokenizer's)
+    cannot hold the corpus' ids.
     """
     path = Path(corpus).expanduser() if corpus else None
     if path is not None and packed.is_packed(path):
-        _check_packed(packed.token_file(path), tokenizer, vocab_size, context)
+        _check_packed(packed.token_file(path), tokenizer, vocab_size, context, val_fraction)
         return
     source = open_source(path)
     probe(source)
@@ -59,16 +77,15 @@ def check(corpus: str | Path | None, tokenizer: str = "bpe", vocab_size: int = 0
             seen.update(text)
             documents += last
         at_most = characters + documents
-        _require_vocabulary(vocab_size, len(Tokenizer.from_name("chars", lambda: seen)), tokenizer)
+        packings.require_vocabulary(vocab_size, len(Tokenizer.from_name("chars", lambda: seen)), tokenizer)
     elif tokenizer == "bytes":
-        _require_vocabulary(vocab_size, len(Tokenizer.from_name("bytes")), tokenizer)
+        packings.require_vocabulary(vocab_size, len(Tokenizer.from_name("bytes")), tokenizer)
     elif tokenizer == "bpe":
         if 0 < vocab_size < SMALLEST_BPE_SIZE:
-            raise _too_small(vocab_size, SMALLEST_BPE_SIZE, "bpe (256 bytes and the end of text)")
+            raise packings.too_small(vocab_size, SMALLEST_BPE_SIZE, "bpe (256 bytes and the end of text)")
     elif tokenizer != "chars":
-        _require_vocabulary(vocab_size, len(Tokenizer.from_file(tokenizer)), tokenizer)
-    if at_most <= context:
-        raise packed.too_short(source.name if path is None else str(path), at_most, context)
+        packings.require_vocabulary(vocab_size, len(Tokenizer.from_file(tokenizer)), tokenizer)
+    packed.require(source.name if path is None else str(path), at_most, context, val_fraction)
 
 
 def vocabulary_size(corpus: str | Path | None, tokenizer: str = "bpe", vocab_size: int = 0) -> int:
@@ -126,10 +143,10 @@ def prepare(
     content = source.sha256(index.known, index.learn, meter.read)
     size = like.vocab_size if like is not None else vocab_size
     kind = like.manifest["tokenizer"]["kind"] if like is not None else tokenizer if tokenizer in KINDS else "file"
-    spec = like.manifest["tokenizer"]["sha256"] if like is not None else _tokenizer_spec(tokenizer, index)
+    spec = like.manifest["tokenizer"]["sha256"] if like is not None else packings.tokenizer_spec(tokenizer, index)
     index.save()
     folder = _place(cache, source, kind, spec, content, size)
-    found = _load(folder)
+    found = packings.load(folder)
     if found is not None:
         return found
 
@@ -140,8 +157,8 @@ def prepare(
         tok = Tokenizer(Tokenizer.from_gguf(like.tokenizer_gguf).vocabulary, kind)
     else:
         tok = Tokenizer.from_name(tokenizer, texts, vocab_size)
-        _require_vocabulary(vocab_size, len(tok), tokenizer)
-    with writing(folder, lambda: _load(folder) is not None) as part:
+        packings.require_vocabulary(vocab_size, len(tok), tokenizer)
+    with writing(folder, lambda: packings.load(folder) is not None) as part:
         with (part / TOKENS).open("wb") as file:
             writer = TokenWriter(file)
             documents = _pack(source, tok, writer, meter)
@@ -155,20 +172,20 @@ def prepare(
             "sha256": writer.sha256,
             "vocab_size": max(len(tok), size),
             "eos_id": tok.eos_id,
-            "tokenizer": like.manifest["tokenizer"] if like is not None else _describe(tok),
+            "tokenizer": like.manifest["tokenizer"] if like is not None else packings.describe(tok),
             "source": {"path": None if path is None else path.name, "sha256": content},
             "packing": PACKING,
         }
-        _write_tokenizer(part, tok.padded(size))
-        _write_json(part / MANIFEST, manifest)
+        packings.write_tokenizer(part, tok.padded(size))
+        packings.write_json(part / MANIFEST, manifest)
     meter.finish()
-    return _loaded(folder)
+    return packings.loaded(folder)
 
 
 def _place(cache: Path, source: Source, kind: str, spec: str, content: str, size: int) -> Path:
     """Where these tokens are, or would be: by content, not by name."""
     key = hashlib.sha256(json.dumps([PACKING, content, spec, size]).encode()).hexdigest()
-    return cache / f"{_slug(source.name)}-{kind}-{key[:16]}"
+    return cache / f"{packings.slug(source.name)}-{kind}-{key[:16]}"
 
 
 def token_count(
@@ -183,7 +200,7 @@ def token_count(
     source, index = open_source(path), Index(cache)
     kind = tokenizer if tokenizer in KINDS else "file"
     content = source.sha256(index.known, index.learn, lambda n: None)
-    found = _load(_place(cache, source, kind, _tokenizer_spec(tokenizer, index), content, vocab_size))
+    found = packings.load(_place(cache, source, kind, packings.tokenizer_spec(tokenizer, index), content, vocab_size))
     if found is not None:
         return found.n_tokens
     return int(source.n_bytes / (1 if tokenizer in ("bytes", "chars") else BYTES_A_TOKEN))
@@ -218,7 +235,7 @@ def _pack(source: Source, tok: Tokenizer, writer: TokenWriter, meter: Meter) -> 
 # Packed tokens given by the user
 
 
-def _check_packed(tokens: Path, tokenizer: str, vocab_size: int, context: int) -> None:
+def _check_packed(tokens: Path, tokenizer: str, vocab_size: int, context: int, val_fraction: float = 0.0) -> None:
     if not tokens.exists():
         raise ToyError("missing_file", f"no corpus at {tokens}", "a .bin corpus is packed tokens; is the path right?")
     manifest = packed.read_manifest(tokens)
@@ -232,11 +249,10 @@ def _check_packed(tokens: Path, tokenizer: str, vocab_size: int, context: int) -
     if tokenizer not in KINDS:
         have = len(Tokenizer.from_file(tokenizer))
         if have < needed:
-            raise _ids_beyond(tokens, needed - 1, have, f"the tokenizer {tokenizer}")
+            raise packings.ids_beyond(tokens, needed - 1, have, f"the tokenizer {tokenizer}")
     if 0 < vocab_size < needed:
-        raise _ids_beyond(tokens, needed - 1, vocab_size, "model.vocab_size")
-    if count <= context:
-        raise packed.too_short(str(tokens), count, context)
+        raise packings.ids_beyond(tokens, needed - 1, vocab_size, "model.vocab_size")
+    packed.require(str(tokens), count, context, val_fraction)
 
 
 def _prepare_packed(
@@ -246,7 +262,7 @@ def _prepare_packed(
     manifest = packed.read_manifest(tokens)
     own = manifest is not None and tokenizer in KINDS and like is None and (tokens.parent / TOKENIZER_GGUF).is_file()
     if own and manifest is not None and vocab_size in (0, manifest["vocab_size"]):
-        return _loaded(tokens.parent, tokens)
+        return packings.loaded(tokens.parent, tokens)
     index = Index(cache)
     meter = Meter(progress, tokens.stat().st_size, passes=1)
     count, largest, sha256 = index.scan(tokens, meter)
@@ -260,7 +276,7 @@ def _prepare_packed(
                 "pack both with the same tokenizer file",
             )
         if largest >= like.vocab_size:
-            raise _ids_beyond(tokens, largest, like.vocab_size, "the corpus' vocabulary")
+            raise packings.ids_beyond(tokens, largest, like.vocab_size, "the corpus' vocabulary")
         about = (manifest or {}) | {"n_tokens": count, "sha256": sha256, "tokenizer": like.manifest["tokenizer"]}
         return Prepared(tokens, like.tokenizer_gguf, like.tokenizer_json, about, like.vocab_size, count, sha256)
     if tokenizer not in KINDS:
@@ -269,17 +285,17 @@ def _prepare_packed(
         tok = _own_tokenizer(tokens, manifest)
     else:
         if 0 < vocab_size <= largest:
-            raise _ids_beyond(tokens, largest, vocab_size, "model.vocab_size")
+            raise packings.ids_beyond(tokens, largest, vocab_size, "model.vocab_size")
         tok = Tokenizer(placeholder_vocabulary(largest + 1, vocab_size), "ids")
     if largest >= len(tok):
-        raise _ids_beyond(tokens, largest, len(tok), "its tokenizer")
-    _require_vocabulary(vocab_size, len(tok), tok.kind)
+        raise packings.ids_beyond(tokens, largest, len(tok), "its tokenizer")
+    packings.require_vocabulary(vocab_size, len(tok), tok.kind)
     key = hashlib.sha256(json.dumps([PACKING, sha256, tok.vocabulary.sha256, vocab_size]).encode()).hexdigest()
-    folder = cache / f"{_slug(tokens.stem)}-{tok.kind}-{key[:16]}"
-    found_before = _load(folder, tokens)
+    folder = cache / f"{packings.slug(tokens.stem)}-{tok.kind}-{key[:16]}"
+    found_before = packings.load(folder, tokens)
     if found_before is not None:
         return found_before
-    with writing(folder, lambda: _load(folder, tokens) is not None) as part:
+    with writing(folder, lambda: packings.load(folder, tokens) is not None) as part:
         about = {
             "format": packed.FORMAT,
             "name": tokens.stem,
@@ -290,115 +306,25 @@ def _prepare_packed(
             "sha256": sha256,
             "vocab_size": max(len(tok), vocab_size),
             "eos_id": tok.eos_id,
-            "tokenizer": _describe(tok),
+            "tokenizer": packings.describe(tok),
             "source": {"path": tokens.name, "sha256": sha256},
             "packing": PACKING,
         }
-        _write_tokenizer(part, tok.padded(vocab_size))
-        _write_json(part / MANIFEST, about)
-    return _loaded(folder, tokens)
+        if manifest is not None and "context" in manifest:
+            about["context"] = manifest["context"]
+        packings.write_tokenizer(part, tok.padded(vocab_size))
+        packings.write_json(part / MANIFEST, about)
+    return packings.loaded(folder, tokens)
 
 
 def _own_tokenizer(tokens: Path, manifest: dict[str, Any]) -> Tokenizer:
     for name in (TOKENIZER_GGUF, manifest["tokenizer"].get("file"), TOKENIZER_JSON):
         if name and (tokens.parent / name).is_file():
             return Tokenizer(Tokenizer.from_file(tokens.parent / name).vocabulary, "file")
+    if manifest["tokenizer"].get("kind") == "bytes":  # the one that needs no file
+        return Tokenizer.from_name("bytes")
     raise ToyError(
         "missing_file",
         f"the tokenizer of {tokens} is not beside it",
         f"put {TOKENIZER_GGUF} or {TOKENIZER_JSON} there, or name one with --set data.tokenizer=FILE",
     )
-
-
-# Errors
-
-
-def _require_vocabulary(vocab_size: int, needed: int, tokenizer: str) -> None:
-    if 0 < vocab_size < needed:
-        raise _too_small(vocab_size, needed, f"the tokenizer {tokenizer}")
-
-
-def _too_small(vocab_size: int, needed: int, what: str) -> ToyError:
-    message = f"model.vocab_size={vocab_size} is too small: {what} needs {needed}"
-    return ToyError("bad_config", message, f"set model.vocab_size={needed} or more, or 0 for the tokenizer's own size")
-
-
-def _ids_beyond(tokens: Path, largest: int, vocab_size: int, what: str) -> ToyError:
-    return ToyError(
-        "bad_config",
-        f"corpus {tokens} has the id {largest}, beyond {what} of {vocab_size}",
-        f"set model.vocab_size={largest + 1} or more, or 0 for the corpus' own, or give the right tokenizer",
-    )
-
-
-# Packings
-
-
-def _tokenizer_spec(tokenizer: str, index: Index) -> str:
-    if tokenizer in KINDS:
-        return tokenizer
-    path = Path(tokenizer).expanduser()
-    path = path / TOKENIZER_JSON if path.is_dir() else path
-    if not path.is_file():
-        Tokenizer.from_file(tokenizer)  # says what is wrong
-    status = path.stat()
-    part = Part(path, path.name, status.st_size, status.st_mtime_ns)
-    digest = index.known(part)
-    if digest is None:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        index.learn(part, digest)
-    return digest
-
-
-def _load(folder: Path, tokens: Path | None = None) -> Prepared | None:
-    """What was packed into `folder` before, or None: damaged packings are made again."""
-    try:
-        return _loaded(folder, tokens)
-    except (ToyError, OSError, KeyError, ValueError):
-        return None
-
-
-def _loaded(folder: Path, tokens: Path | None = None) -> Prepared:
-    tokens_path = folder / TOKENS if tokens is None else tokens
-    if tokens is None or tokens.parent == folder:
-        manifest = packed.read_manifest(tokens_path)
-    else:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    vocabulary = folder / TOKENIZER_GGUF
-    if manifest is None or not vocabulary.is_file():
-        raise ToyError("bad_file", f"{folder} holds no packed tokens", "remove it")
-    as_json = folder / TOKENIZER_JSON
-    return Prepared(
-        tokens=tokens_path.absolute(),
-        tokenizer_gguf=vocabulary.absolute(),
-        tokenizer_json=as_json.absolute() if as_json.is_file() else None,
-        manifest=manifest,
-        vocab_size=int(manifest["vocab_size"]),
-        n_tokens=int(manifest["n_tokens"]),
-        sha256=str(manifest["sha256"]),
-    )
-
-
-def _describe(tok: Tokenizer) -> dict[str, Any]:
-    has_json = tok.vocabulary.model == "gpt2"
-    return {
-        "kind": tok.kind,
-        "file": TOKENIZER_JSON if has_json else TOKENIZER_GGUF,
-        "gguf": TOKENIZER_GGUF,
-        "sha256": tok.vocabulary.sha256,
-    }
-
-
-def _write_tokenizer(folder: Path, tok: Tokenizer) -> None:
-    gguf.write_vocabulary(folder / TOKENIZER_GGUF, tok.to_gguf_metadata())
-    as_json = tok.to_json()
-    if as_json is not None:
-        (folder / TOKENIZER_JSON).write_text(as_json, encoding="utf-8")
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)[:40].strip("-") or "corpus"

@@ -15,8 +15,10 @@ from toy.errors import ToyError
 
 FORMAT = "toy/packed-v1"
 TOKENS, MANIFEST, TOKENIZER_GGUF, TOKENIZER_JSON = "tokens.bin", "tokens.json", "tokenizer.gguf", "tokenizer.json"
+OFFSETS, MASK = "offsets.bin", "mask.bin"
 
 _BLOCK = 1 << 22
+_EXAMPLES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Prepared:
 
     `tokenizer_json` is None where no `tokenizer.json` cuts text alike (SentencePiece kinds). `sha256` is that of the
     token file. `vocab_size` counts the tokens in `tokenizer_gguf`, unused ones included.
+
+    A set of examples has `offsets` (int64[n_examples + 1] into the tokens) and `mask` (uint8[n_tokens], 1: this token
+    is learned) too, `longest` is the tokens of its longest example, and `sha256` is that of the three files in a row.
     """
 
     tokens: Path
@@ -34,6 +39,10 @@ class Prepared:
     vocab_size: int
     n_tokens: int
     sha256: str
+    offsets: Path | None = None
+    mask: Path | None = None
+    n_examples: int = 0
+    longest: int = 0
 
     @property
     def n_documents(self) -> int:
@@ -41,13 +50,77 @@ class Prepared:
 
     def require(self, context: int, val_fraction: float = 0.0) -> None:
         """Raises ToyError (bad_file) when the part to train on, or to validate on, holds not even one sequence."""
-        val_tokens = int(self.n_tokens * val_fraction)
-        for what, tokens in (("train on", self.n_tokens - val_tokens), ("validate on", val_tokens)):
-            if tokens <= context and (what == "train on" or val_fraction > 0):
-                raise too_short(self.manifest.get("name") or str(self.tokens), tokens, context, what)
+        require(self.manifest.get("name") or str(self.tokens), self.n_tokens, context, val_fraction)
+
+    def fit(self, context: int, first: int = 0, last: int | None = None) -> Fit:
+        """What a context of so many tokens leaves of the examples `first` up to `last`."""
+        import numpy as np
+
+        if self.offsets is None or self.mask is None:
+            raise ValueError("not a set of examples")
+        offsets = np.fromfile(self.offsets, "<i8")[first : None if last is None else last + 1]
+        mask = np.memmap(self.mask, "u1", "r")
+        seen, dropped, learned, prompt = 0, 0, 0, 0
+        for block in range(0, len(offsets) - 1, _EXAMPLES):
+            starts = offsets[block : block + _EXAMPLES + 1]
+            marks = np.asarray(mask[starts[0] : starts[-1]])
+            at = np.arange(len(marks)) - np.repeat(starts[:-1] - starts[0], np.diff(starts))
+            counts = np.add.reduceat(((marks != 0) & (at <= context)).astype("i8"), starts[:-1] - starts[0])
+            first_learned = np.minimum.reduceat(np.where(marks, at, np.iinfo("i8").max), starts[:-1] - starts[0])
+            seen += len(counts)
+            dropped += int(np.count_nonzero(counts == 0))
+            learned += int(counts.sum())
+            prompt = min(prompt or int(first_learned.min()), int(first_learned.min()))
+        cut = int(np.count_nonzero(np.diff(offsets) > context + 1))
+        return Fit(n_examples=seen, cut=cut, dropped=dropped, n_learned=learned, shortest_prompt=prompt)
+
+    def require_examples(self, context: int, val_fraction: float = 0.0) -> Fit:
+        """Raises ToyError (bad_file) when no example is left to train on, or to validate on, once those longer than
+        `context` are cut; else what is left to train on."""
+        name = self.manifest.get("name") or str(self.tokens)
+        n_val = int(self.n_examples * val_fraction)
+        parts = [("train on", 0, self.n_examples - n_val)]
+        if val_fraction > 0:
+            parts.append(("validate on", self.n_examples - n_val, self.n_examples))
+        fits = []
+        for what, first, last in parts:
+            if first == last:
+                message = f"examples {name} are too few: of {self.n_examples}, none are left to {what}"
+                raise ToyError("bad_file", message, "give more examples, a data.val_corpus, or data.val_fraction=0")
+            fit = self.fit(context, first, last)
+            if fit.n_learned == 0:
+                message = f"examples {name} have nothing to {what}: every answer begins beyond the context of {context}"
+                hint = f"the shortest prompt takes {fit.shortest_prompt} tokens"
+                raise ToyError("bad_file", message, f"{hint}: --set model.context={_up(fit.shortest_prompt)}")
+            fits.append(fit)
+        return fits[0]
 
 
-def too_short(name: str, tokens: int, context: int, what: str = "train on") -> ToyError:
+@dataclass(frozen=True)
+class Fit:
+    """Examples under a context: `cut` are longer, of which `dropped` keep nothing to learn; `n_learned` tokens stay."""
+
+    n_examples: int
+    cut: int
+    dropped: int
+    n_learned: int
+    shortest_prompt: int
+
+
+def _up(tokens: int) -> int:
+    """A context that leaves room for an answer after so many tokens."""
+    return (tokens + 64) // 32 * 32
+
+
+def require(name: str, n_tokens: int, context: int, val_fraction: float) -> None:
+    """Raises ToyError (bad_file) when `n_tokens` hold no sequence to train on, or none to validate on."""
+    val_tokens = int(n_tokens * val_fraction)
+    for what, tokens in (("train on", n_tokens - val_tokens), ("validate on", val_tokens)):
+        if tokens <= context and (what == "train on" or val_fraction > 0):
+            raise _too_short(name, tokens, context, what)
+
+
+def _too_short(name: str, tokens: int, context: int, what: str) -> ToyError:
     return ToyError(
         "bad_file",
         f"corpus {name} is too short: {tokens} tokens to {what}, and one sequence takes {context + 1}",

@@ -44,12 +44,12 @@ TEXT_SUFFIXES = frozenset(
         *(".sh", ".sql", ".yml", ".yaml", ".toml", ".jsonl", ".ndjson"),
     ]
 )
-_JSONL = frozenset([".jsonl", ".ndjson"])
+JSONL = frozenset([".jsonl", ".ndjson"])
 _BLOCK = 1 << 18
 _PIECE = 1 << 16
 # A cut here changes no token: between a letter and a space before a letter, or after a single newline before a letter.
 _CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|\S\n(?=[^\W\d_])")
-_HINT = "a corpus is a UTF-8 text file, a folder of them, a .jsonl with a text in every line, or packed tokens (.bin)"
+_HINT = "a corpus is a UTF-8 text file, a folder of them, a .jsonl of texts or examples, or packed tokens (.bin)"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Source:
                 learn(part, digest)
             else:
                 read(part.size)
-            kind = "jsonl" if part.name.endswith(tuple(_JSONL)) else "text"
+            kind = "jsonl" if part.name.endswith(tuple(JSONL)) else "text"
             whole.update(f"{kind} {digest}\n".encode())
         return whole.hexdigest()
 
@@ -98,7 +98,7 @@ class Source:
                 for topic in _manual():
                     read(len(topic.encode()))
                     yield from _cut(iter([topic]))
-            elif part.path.suffix.lower() in _JSONL:
+            elif part.path.suffix.lower() in JSONL:
                 yield from _jsonl_pieces(part.path, read)
             else:
                 yield from _cut(_decoded(part.path, read))
@@ -136,8 +136,8 @@ def probe(source: Source) -> None:
     for part in source.parts[:1000]:
         if part.path is None:
             continue
-        if part.path.suffix.lower() in _JSONL:  # whose errors name a line, when it is packed
-            with _reading(part.path), part.path.open("rb"):
+        if part.path.suffix.lower() in JSONL:  # whose errors name a line, when it is packed
+            with reading(part.path), part.path.open("rb"):
                 continue
         for _ in _decoded(part.path, lambda n: None, limit=_PIECE):
             pass
@@ -174,7 +174,7 @@ def _unreadable(path: Path, error: OSError) -> ToyError:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -189,7 +189,7 @@ def _file_sha256(part: Part, read: Reading) -> str:
             digest.update(len(data).to_bytes(8, "little") + data)
             read(len(data))
         return digest.hexdigest()
-    with _reading(part.path), part.path.open("rb") as file:
+    with reading(part.path), part.path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
             read(len(block))
@@ -200,7 +200,7 @@ def _decoded(path: Path, read: Reading, limit: int | None = None) -> Iterator[st
     """The file's text, block by block. `limit`: stop after so many bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     offset = 0
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while block := file.read(_BLOCK if limit is None else min(_BLOCK, limit - offset)):
             nul = block.find(b"\0")
             if nul >= 0:
@@ -239,7 +239,7 @@ def _cut(texts: Iterator[str]) -> Iterator[Piece]:
 
 
 def _jsonl_pieces(path: Path, read: Reading) -> Iterator[Piece]:
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             read(len(line))
             record = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line

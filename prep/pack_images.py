@@ -1,0 +1,58 @@
+"""Images -> a packed set: `python prep/pack_images.py IMAGES OUT --image-size 32`.
+
+IMAGES is a folder of class folders (PNG, JPEG, BMP and others), an IDX images file with its labels beside it, or the
+folder that both lie in. OUT becomes a folder that `--images OUT` takes, here or on another machine. `toy train` packs
+by itself; this is for packing once, elsewhere, or for looking at the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pack_text import main_of, publish, require_free, show
+
+from toy import corpora
+from toy.errors import ToyError
+
+
+def pack(args: argparse.Namespace) -> dict[str, object]:
+    require_free(args.out, args.force)
+    corpora.check_images(args.images, args.image_size, args.channels)
+    like = corpora.prepare_images(args.like) if args.like else None
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pack-", dir=args.out.parent) as cache:
+        progress = show if sys.stderr.isatty() else None
+        made = corpora.prepare_images(args.images, Path(cache), args.image_size, args.channels, progress, like)
+        if made.folder.parent != Path(cache).absolute():
+            raise ToyError("bad_flag", f"{args.images} is packed already", "copy its folder instead")
+        publish(made.folder, args.out)
+    shape = f"{made.width} x {made.height}, {made.n_channel} channel{'s' if made.n_channel > 1 else ''}"
+    print(
+        f"{args.out}: {made.n_images:,} images of {len(made.classes)} classes, {shape}",
+        file=sys.stderr if args.json else sys.stdout,
+    )
+    return {"out": str(args.out), **made.manifest}
+
+
+def main() -> int:
+    description, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(description=description, epilog=rest)
+    parser.add_argument("images", help="folder of class folders, IDX images file, or the folder it is in")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("--image-size", type=int, default=0, help="crop to a square and resize to this  [their own]")
+    parser.add_argument(
+        "--channels", type=int, default=0, choices=(0, 1, 3), help="1 grey, 3 RGB  [grey where all are]"
+    )
+    parser.add_argument("--like", help="a packed set whose classes and statistics to use, for validation images")
+    parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
+    parser.add_argument("--json", action="store_true", help="print the manifest on stdout")
+    return main_of("toy/pack-images-v1", parser, pack)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

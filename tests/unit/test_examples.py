@@ -1,0 +1,502 @@
+"""Sets of examples: what is learned of each kind of line, how templates are followed, the cache, what is refused."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from toy import corpora
+from toy.corpora import Prepared, examples
+from toy.errors import ToyError
+from toy.models import chat, generate, gguf
+from toy.models.tokenizer import Tokenizer
+from toy.models.vocabulary import CONTROL, NORMAL, UNKNOWN, Vocabulary, byte_vocabulary
+
+CHATML = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER, BOT, SYSTEM = "user", "assistant", "system"
+Talk = list[tuple[str, str]]
+
+
+def vocabulary(template: str | None = None, **changes: Any) -> Any:
+    """Bytes, <|endoftext|> 256, <|im_start|> 257 and <|im_end|> 258, which ends a text."""
+    base = byte_vocabulary()
+    return replace(
+        base,
+        tokens=[*base.tokens, "<|im_start|>", "<|im_end|>"],
+        types=[*base.types, CONTROL, CONTROL],
+        special={"bos": 257, "eos": 258},
+        chat_template=template,
+        **changes,
+    )
+
+
+def model(path: Path, template: str | None = None, **changes: Any) -> str:
+    """A GGUF of that vocabulary."""
+    gguf.write_vocabulary(path, vocabulary(template, **changes).to_metadata())
+    return str(path)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def talk(*messages: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+def arrays(made: Prepared) -> tuple[list[int], list[int], list[int]]:
+    assert made.offsets is not None and made.mask is not None
+    return tuple(
+        np.fromfile(p, t).tolist() for p, t in ((made.tokens, "<i4"), (made.offsets, "<i8"), (made.mask, "u1"))
+    )
+
+
+def marked(made: Prepared) -> list[str]:
+    """Each example's text, with what is learned in brackets."""
+    tok = Tokenizer.from_gguf(made.tokenizer_gguf)
+    ids, offsets, mask = arrays(made)
+    found = []
+    for start, end in pairwise(offsets):
+        text = ""
+        for learned, run in groupby(range(start, end), key=lambda i: mask[i]):
+            piece = tok.decode([ids[i] for i in run], special=True)
+            text += f"[{piece}]" if learned else piece
+        found.append(text)
+    return found
+
+
+def refused(call: Callable[[], object]) -> ToyError:
+    with pytest.raises(ToyError) as caught:
+        call()
+    assert "\n" not in caught.value.message
+    assert caught.value.hint and "\n" not in caught.value.hint
+    return caught.value
+
+
+# What is learned
+
+
+def test_prompt_and_completion(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "qa.jsonl",
+        {"prompt": "Q: é?\nA:", "completion": " 漢", "id": 7},
+        {"prompt": "<|im_start|>x", "completion": "y<|im_end|>"},
+        {"prompt": "", "completion": "on its own"},
+    )
+    base = model(tmp_path / "m.gguf")
+    made = corpora.prepare_examples(path, base, tmp_path / "c")
+    assert marked(made) == [
+        "Q: é?\nA:[ 漢<|im_end|>]",
+        "<|im_start|>x[y<|im_end|>]",
+        "<|im_start|>[on its own<|im_end|>]",
+    ]
+    ids, offsets, mask = arrays(made)
+    tok = Tokenizer.from_file(base)
+    for prompt, start in zip(["Q: é?\nA:", "<|im_start|>x", ""], offsets, strict=False):
+        asked = generate.prompt_ids(tok, prompt)  # what `toy infer` feeds
+        assert ids[start : start + len(asked)] == asked
+        assert mask[start : start + len(asked) + 1] == [0] * len(asked) + [1]
+    assert (made.n_examples, made.longest, made.n_tokens) == (3, max(b - a for a, b in pairwise(offsets)), len(ids))
+    assert made.manifest["examples"] == {
+        "kind": "prompt",
+        "n_examples": 3,
+        "n_learned": sum(mask),
+        "longest": made.longest,
+    }
+    files = (made.tokens, made.offsets, made.mask)
+    whole = b"".join(p.read_bytes() for p in files if p is not None)
+    assert made.sha256 == made.manifest["sha256"] == hashlib.sha256(whole).hexdigest()
+    assert made.vocab_size == 259
+
+
+def test_what_begins_and_ends_an_example(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    for name, changes, expected in [
+        ("bos", {"add_bos": True}, "<|im_start|>a[b<|im_end|>]"),
+        (
+            "no-end",
+            {"special": {}, "types": [1] * 259, "tokens": [*byte_vocabulary().tokens[:256], "x", "y", "z"]},
+            "a[b]",
+        ),
+    ]:
+        base = tmp_path / f"{name}.gguf"
+        gguf.write_vocabulary(base, replace(vocabulary(), **changes).to_metadata())  # type: ignore[arg-type]
+        assert marked(corpora.prepare_examples(write(tmp_path / "x.jsonl", row), str(base), tmp_path / "c")) == [
+            expected
+        ]
+
+
+def test_a_completion_does_not_merge_with_its_prompt(tmp_path: Path) -> None:
+    """The prompt's tokens are there first: an answer that would merge with them in the whole text does not."""
+    text = tmp_path / "t.txt"
+    text.write_text("abab " * 400)
+    tok = corpora.prepare(text, "bpe", 262, tmp_path / "c")
+    path = write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"})
+    made = corpora.prepare_examples(path, str(tok.tokenizer_gguf), tmp_path / "c")
+    reader = Tokenizer.from_gguf(tok.tokenizer_gguf)
+    assert len(reader.encode("ab")) == 1
+    assert arrays(made)[0] == [*reader.encode("a"), *reader.encode("b"), reader.eos_id]
+
+
+def test_a_sentencepiece_completion_gets_no_space(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "▁a", "▁b", "▁", "a", "b"]
+    types = [UNKNOWN, CONTROL, CONTROL, *[NORMAL] * 5]
+    scores = [0.0, 0, 0, -1, -2, -3, -4, -5]
+    spm = Vocabulary("llama", tokens, types, scores=scores, special={"bos": 1, "eos": 2}, add_space_prefix=True)
+    path = write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a</s>", "completion": "b a"})
+    base = tmp_path / "spm.gguf"
+    gguf.write_vocabulary(base, replace(spm, add_bos=True).to_metadata())
+    made = corpora.prepare_examples(path, str(base), tmp_path / "c")
+    ids, offsets, _ = arrays(made)
+    assert ids[: offsets[1]] == [1, 3, 7, 2]
+    assert ids[offsets[1] :] == [1, 3, 2, 4, 3, 2]  # after a control token text begins anew, as in llama.cpp
+
+
+def test_texts(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"text": "one"}, "", {"text": "two\nlines"})
+    made = corpora.prepare_examples(path, model(tmp_path / "m.gguf"), tmp_path / "c")
+    assert marked(made) == ["o[ne<|im_end|>]", "t[wo\nlines<|im_end|>]"]  # nothing predicts a first token
+    with_bos = corpora.prepare_examples(path, model(tmp_path / "b.gguf", add_bos=True), tmp_path / "c")
+    assert marked(with_bos)[0] == "<|im_start|>[one<|im_end|>]"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe"])
+def test_tokenizers_of_their_own(tokenizer: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", *({"prompt": f"{n} plus é is", "completion": f" {n + 1}"} for n in range(50)))
+    size = 300 if tokenizer == "bpe" else 0
+    made = corpora.prepare_examples(path, tokenizer, tmp_path / "c", vocab_size=size)
+    assert marked(made)[7] == "7 plus é is[ 8<|endoftext|>]"
+    assert made.vocab_size <= max(size, 257) if tokenizer != "bpe" else made.vocab_size == 300
+    val = corpora.prepare_examples(
+        write(tmp_path / "v.jsonl", {"prompt": "1", "completion": " 2"}), tokenizer, tmp_path / "c", like=made
+    )
+    assert val.vocab_size == made.vocab_size and marked(val) == ["1[ 2<|endoftext|>]"]
+    assert val.manifest["tokenizer"] == made.manifest["tokenizer"]
+
+
+# Conversations
+
+ASK: Talk = [(USER, "Hi"), (BOT, "Hello."), (USER, "Bye"), (BOT, " So long\n")]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        pytest.param(
+            CHATML, ASK,
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n[Hello.<|im_end|>]\n"
+            "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[ So long\n<|im_end|>]\n",
+            id="chatml with a default system prompt",
+        ),
+        pytest.param(
+            CHATML, [(SYSTEM, "Rhyme."), (USER, "Hi"), (BOT, "My"), (USER, "trailing")],
+            "<|im_start|>system\nRhyme.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[My<|im_end|>]\n"
+            "<|im_start|>user\ntrailing<|im_end|>\n",
+            id="system prompt, and a last question",
+        ),
+        pytest.param(
+            CHATML, [(BOT, "I begin"), (USER, "Hm"), (BOT, "I begin")],
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n[I begin<|im_end|>]\n"
+            "<|im_start|>user\nHm<|im_end|>\n<|im_start|>assistant\n[I begin<|im_end|>]\n",
+            id="the assistant begins",
+        ),
+        pytest.param(
+            "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{% endgeneration %}"
+            "<|im_end|>{% else %}U: {{ m.content }} {% endif %}{% endfor %}", ASK,
+            "U: Hi A: [Hello.<|im_end|>]U: Bye A: [ So long\n<|im_end|>]",
+            id="generation tags, the end of turn outside them",
+        ),
+        pytest.param(
+            "{% for m in messages %}{{ m.role[0] }}:{{ m.content | trim }}\n{% endfor %}"
+            "{% if add_generation_prompt %}a:{% endif %}", ASK,
+            "u:Hi\na:[Hello.\n]u:Bye\na:[So long\n<|im_end|>]",
+            id="trims, and ends no turn by a token",
+        ),
+        pytest.param(
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}", ASK,
+            "<user>Hi<|im_end|>[<assistant>Hello.<|im_end|>]<user>Bye<|im_end|>[<assistant> So long\n<|im_end|>]",
+            id="no generation prompt: the model says its header",
+        ),
+        pytest.param(
+            "{% for m in messages %}{% if m.role == 'assistant' %}A:{% if loop.last %}{{ m.content }}"
+            "{% else %}{{ m.content.split('</t>')[-1] }}{% endif %}<|im_end|>"
+            "{% else %}U:{{ m.content }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}A:{% endif %}",
+            [(USER, "Hi"), (BOT, "<t>hm</t>Hello"), (USER, "Bye"), (BOT, "<t>so</t>Bye")],
+            "U:HiA:[Hello<|im_end|>]U:ByeA:[<t>so</t>Bye<|im_end|>]",
+            id="earlier thoughts are dropped",
+        ),
+        pytest.param(
+            "{{ bos_token }}{% if messages[0].role != 'user' %}{{ raise_exception('begin with user') }}{% endif %}"
+            "{% for m in messages %}"
+            "{{ '[I]' ~ m.content ~ '[/I]' if m.role == 'user' else m.content ~ eos_token }}{% endfor %}",
+            ASK, "<|im_start|>[I]Hi[/I][Hello.<|im_end|>][I]Bye[/I][ So long\n<|im_end|>]",
+            id="raises on what is not whole",
+        ),
+        pytest.param(
+            "{% for m in messages %}{{ m.role }}{{ m.content }}{{ strftime_now('%d %b %Y') }}{% endfor %}",
+            [(USER, "a"), (BOT, "b")],
+            "usera26 Jul 2024[assistantb26 Jul 2024<|im_end|>]",
+            id="the date is always the same one",
+        ),
+    ],
+)  # fmt: skip
+def test_conversations(template: str, messages: Talk, expected: str, tmp_path: Path) -> None:
+    base = model(tmp_path / "m.gguf", template)
+    made = corpora.prepare_examples(write(tmp_path / "t.jsonl", talk(*messages)), base, tmp_path / "c")
+    assert marked(made) == [expected]
+
+
+def test_a_conversation_is_what_the_model_is_asked_with(tmp_path: Path) -> None:
+    """The tokens up to an answer are those of `toy infer --chat`."""
+    base = model(tmp_path / "m.gguf", CHATML, add_bos=True)
+    tok = Tokenizer.from_file(base)
+    made = corpora.prepare_examples(write(tmp_path / "t.jsonl", talk((USER, "Hi"), (BOT, "Ho"))), base, tmp_path / "c")
+    ids, _, mask = arrays(made)
+    asked = generate.prompt_ids(tok, chat.render(tok, [{"role": USER, "content": "Hi"}], "m"))
+    assert ids[: mask.index(1)] == asked
+    assert tok.decode(ids[len(asked) :], special=True) == "Ho<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "says"),
+    [
+        ("{{ raise_exception('no ' ~ messages[0].role ~ ' role') }}", [(SYSTEM, "x"), (BOT, "y")], "no system role"),
+        ("{{ messages[9].role }}", [(USER, "x"), (BOT, "y")], "fails"),
+        ("{% for", [(USER, "x"), (BOT, "y")], "fails"),
+        ("nothing of it", [(USER, "x"), (BOT, "y")], "no token to learn"),
+    ],
+)  # fmt: skip
+def test_templates_that_refuse(template: str, messages: Talk, says: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", talk(*messages))
+    error = refused(lambda: corpora.prepare_examples(path, model(tmp_path / "m.gguf", template), tmp_path / "c"))
+    assert error.kind == "bad_file" and says in error.message
+    assert "m.gguf" in error.message or f"{path}:1" in error.message
+    assert not list((tmp_path / "c").glob("t-*"))
+
+
+def test_no_template(tmp_path: Path) -> None:
+    path, base = write(tmp_path / "t.jsonl", talk((USER, "x"), (BOT, "y"))), model(tmp_path / "m.gguf")
+    for call in (corpora.check_examples, functools.partial(corpora.prepare_examples, cache_dir=tmp_path / "c")):
+        for tokenizer in (base, "bytes", "bpe"):
+            error = refused(functools.partial(call, path, tokenizer))  # type: ignore[arg-type]
+            assert "need a chat template" in error.message and f"{path}:1" in error.message
+            assert "completion" in error.hint and "base" in error.hint
+
+
+# Which kind a corpus is
+
+
+def test_kind_of(tmp_path: Path) -> None:
+    texts = write(tmp_path / "t.jsonl", "", {"text": "a"})
+    pairs = write(tmp_path / "p" / "p.jsonl", {"prompt": "a", "completion": "b"})
+    plain = write(tmp_path / "a.txt", "text")
+    assert [corpora.kind_of(each) for each in (None, "", plain, texts, pairs)] == ["text"] * 4 + ["examples"]
+    assert [corpora.kind_of(each, True) for each in (None, plain, texts, pairs.parent)] == ["text"] * 2 + [
+        "examples"
+    ] * 2
+    assert corpora.kind_of(write(tmp_path / "c.jsonl", talk((USER, "x"), (BOT, "y")))) == "examples"
+    made = corpora.prepare_examples(pairs, "bytes", tmp_path / "c")
+    assert corpora.kind_of(made.tokens.parent) == corpora.kind_of(made.tokens) == "examples"
+    assert corpora.kind_of(corpora.prepare(plain, "bytes", 0, tmp_path / "c").tokens) == "text"
+    write(tmp_path / "p" / "x.txt", "text")
+    assert "mixes examples (p.jsonl) with text (x.txt)" in refused(lambda: corpora.kind_of(tmp_path / "p")).message
+    assert refused(lambda: corpora.kind_of(tmp_path / "none.jsonl")).kind == "missing_file"
+    assert ":1: not JSON" in refused(lambda: corpora.kind_of(write(tmp_path / "bad.jsonl", "{"))).message
+
+
+def test_folders_of_examples_are_read_in_order(tmp_path: Path) -> None:
+    for name in "ba":
+        write(tmp_path / "d" / f"{name}.jsonl", {"prompt": name, "completion": name.upper()})
+    made = corpora.prepare_examples(tmp_path / "d", "bytes", tmp_path / "c")
+    assert marked(made) == ["a[A<|endoftext|>]", "b[B<|endoftext|>]"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "unfinished', "not JSON"),
+        ("[1]", "not an object"),
+        ("{}", "no text, prompt or messages"),
+        ({"prompt": "a"}, "no completion in this line"),
+        ({"completion": "a"}, "no prompt in this line"),
+        ({"prompt": ["a"], "completion": "b"}, "the prompt of this line is not a string"),
+        ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
+        ('{"prompt": "\\ud800", "completion": "a"}', "half a surrogate"),
+        ({"text": "a"}, "a text, where the lines before are a prompt and a completion"),
+        (talk((USER, "a"), (BOT, "b")), "messages, where the lines before are a prompt and a completion"),
+    ],
+)  # fmt: skip
+def test_bad_lines(line: Any, says: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"}, "", line)
+    for call in (corpora.check_examples, functools.partial(corpora.prepare_examples, cache_dir=tmp_path / "c")):
+        error = refused(functools.partial(call, path, "bytes"))  # type: ignore[arg-type]
+        assert error.kind == "bad_file" and f"{path}:3: " in error.message and says in error.message
+    assert not list((tmp_path / "c").glob("x-*"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("hello", "messages is not a list"),
+        ([], "messages is not a list"),
+        (["hello"], "message 1 is not an object"),
+        ([{"role": USER, "content": "a"}, {"content": "b"}], "no role in message 2"),
+        ([{"role": USER}], "no content in message 1"),
+        ([{"role": USER, "content": [{"type": "image"}]}], "the content of message 1 is not a string"),
+        ([{"role": USER, "content": "a"}, {"role": BOT, "content": " "}], "the answer in message 2 is empty"),
+        ([{"role": USER, "content": "a"}], "no message of the assistant"),
+    ],
+)
+def test_bad_messages(messages: Any, says: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", talk((USER, "a"), (BOT, "b")), {"messages": messages})
+    base = model(tmp_path / "m.gguf", CHATML)
+    for call in (corpora.check_examples, functools.partial(corpora.prepare_examples, cache_dir=tmp_path / "c")):
+        error = refused(functools.partial(call, path, base))  # type: ignore[arg-type]
+        assert error.kind == "bad_file" and f"{path}:2: " in error.message and says in error.message
+
+
+def test_not_utf8_and_empty(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff", "completion": "b"}\n')
+    assert f"{path}:2: not JSON (not UTF-8)" in refused(lambda: corpora.check_examples(path, "bytes")).message
+    write(path, "", "  ")
+    assert "no examples" in refused(lambda: corpora.prepare_examples(path, "bytes", tmp_path / "c")).message
+    assert refused(lambda: corpora.check_examples(tmp_path / "none.jsonl", "bytes")).kind == "missing_file"
+    assert refused(lambda: corpora.check_examples(write(path, {"text": "a"}), "no-such")).kind == "missing_file"
+
+
+def test_an_answer_of_unknown_characters(tmp_path: Path) -> None:
+    first = corpora.prepare_examples(
+        write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}), "chars", tmp_path / "c"
+    )
+    path = write(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "漢"})
+    error = refused(lambda: corpora.prepare_examples(path, "chars", tmp_path / "c", like=first))
+    assert f"{path}:2: no token to learn" in error.message
+
+
+# A context
+
+
+def test_cut_to_a_context(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * n, "completion": "c" * 4} for n in (2, 10, 20)]
+    made = corpora.prepare_examples(write(tmp_path / "x.jsonl", *rows), "bytes", tmp_path / "c")
+    # a context of 10 takes 11 tokens: of the second example the prompt and one token of the answer
+    fit = made.require_examples(10)
+    assert (fit.n_examples, fit.cut, fit.dropped, fit.n_learned) == (3, 2, 1, 5 + 1)
+    assert made.require_examples(24) == made.fit(24) and made.fit(24).cut == 0 and made.fit(24).n_learned == 15
+    assert made.fit(23).cut == 1 and made.fit(23).n_learned == 14
+    error = refused(lambda: made.require_examples(1))
+    assert "beyond the context of 1" in error.message and "2 tokens" in error.hint
+    assert "none are left to validate on" in refused(lambda: made.require_examples(24, 0.1)).message
+    assert made.require_examples(24, 0.4).n_examples == 2
+    assert "nothing to validate on" in refused(lambda: made.require_examples(15, 0.4)).message
+
+
+def test_fit_counts_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": "p" * (n % 7 + 1), "completion": "c" * (n % 5 + 1)} for n in range(40)]
+    made = corpora.prepare_examples(write(tmp_path / "x.jsonl", *rows), "bytes", tmp_path / "c")
+    whole = [made.fit(context) for context in range(1, 14)]
+    monkeypatch.setattr("toy.corpora.packed._EXAMPLES", 3)
+    assert [made.fit(context) for context in range(1, 14)] == whole
+    _, offsets, mask = arrays(made)
+    for context, fit in enumerate(whole, 1):
+        kept = [sum(mask[a : min(b, a + context + 1)]) for a, b in pairwise(offsets)]
+        assert (fit.n_learned, fit.dropped) == (sum(kept), kept.count(0))
+
+
+# The cache
+
+
+def test_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, base = write(tmp_path / "x.jsonl", talk((USER, "a"), (BOT, "b"))), model(tmp_path / "m.gguf", CHATML)
+    first = corpora.prepare_examples(path, base, tmp_path / "c")
+    monkeypatch.setattr(examples, "_pack", lambda *args: pytest.fail("packed again"))
+    assert corpora.prepare_examples(path, base, tmp_path / "c") == first
+    monkeypatch.undo()
+    # another template, another file, another tokenizer: another packing
+    other = model(tmp_path / "n.gguf", CHATML.replace("Be kind", "Be short"))
+    folders = {first.tokens.parent, corpora.prepare_examples(path, other, tmp_path / "c").tokens.parent}
+    write(path, talk((USER, "a"), (BOT, "c")))
+    folders.add(corpora.prepare_examples(path, base, tmp_path / "c").tokens.parent)
+    assert len(folders) == 3
+
+
+def test_damaged_packings_are_made_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"})
+    first = corpora.prepare_examples(path, "bytes", tmp_path / "c")
+    assert first.mask is not None and first.offsets is not None
+    for damage in (lambda: first.mask.write_bytes(b"\1"), first.offsets.unlink, first.tokens.unlink):  # type: ignore[union-attr]
+        damage()
+        again = corpora.prepare_examples(path, "bytes", tmp_path / "c")
+        assert again == first and marked(again) == ["a[b<|endoftext|>]"]
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", *({"prompt": "a", "completion": "b" * 100} for _ in range(5000)))
+
+    def stop(done: int, total: int) -> None:
+        if done > 0.8 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpora.prepare_examples(path, "bytes", tmp_path / "c", stop)
+    assert {entry.name for entry in (tmp_path / "c").iterdir()} <= {"index.json"}
+
+
+def test_progress(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", *({"prompt": "a", "completion": "b" * 100} for _ in range(500)))
+    seen: list[tuple[int, int]] = []
+    corpora.prepare_examples(path, "chars", tmp_path / "c", lambda done, total: seen.append((done, total)))
+    size = path.stat().st_size
+    assert seen == sorted(seen) and seen[-1] == (size, size) and {total for _, total in seen} == {size}
+
+
+def test_packed_examples(tmp_path: Path) -> None:
+    path, base = write(tmp_path / "x.jsonl", talk((USER, "a"), (BOT, "b"))), model(tmp_path / "m.gguf", CHATML)
+    made = corpora.prepare_examples(path, base, tmp_path / "c")
+    assert corpora.prepare_examples(made.tokens.parent, base, tmp_path / "d") == made
+    assert corpora.prepare_examples(made.tokens, "bpe", tmp_path / "d", like=made) == made
+    other = corpora.prepare_examples(write(tmp_path / "y.jsonl", {"text": "abc"}), "bytes", tmp_path / "c")
+    for call in (corpora.check_examples, corpora.prepare_examples):
+        assert "another tokenizer" in refused(functools.partial(call, other.tokens, base)).message  # type: ignore[arg-type]
+    text = tmp_path / "a.txt"
+    text.write_text("a text")
+    packed_text = corpora.prepare(text, "bytes", 0, tmp_path / "c")
+    assert "not a set of examples" in refused(lambda: corpora.prepare_examples(packed_text.tokens, "bytes")).message
+    assert refused(lambda: corpora.prepare_examples(tmp_path / "none.bin", "bytes")).kind == "missing_file"
+
+
+def test_a_base_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    """The tokenizer's identity is that of its metadata: the weights behind it are never read into memory."""
+    base = Path(model(tmp_path / "m.gguf", CHATML))
+    os.truncate(base, 1 << 40)  # a hole
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    assert corpora.prepare(path, str(base), 0, tmp_path / "c").vocab_size == 259
+    made = corpora.prepare_examples(
+        write(tmp_path / "x.jsonl", talk((USER, "a"), (BOT, "b"))), str(base), tmp_path / "c"
+    )
+    assert made.n_examples == 1
