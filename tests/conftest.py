@@ -42,6 +42,12 @@ def built(home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Non
     Toy(tmp_path_factory.mktemp("build"), home)("install", timeout=900).ok()
 
 
+@pytest.fixture(scope="session")
+def built_portable(home: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same runners for a fixed instruction set."""
+    Toy(tmp_path_factory.mktemp("portable"), home)("install", "--portable", timeout=900).ok()
+
+
 @pytest.fixture
 def cold_toy(tmp_path: Path, home: dict[str, str]) -> Toy:
     """The command line in an empty directory, whether or not its runners are built."""

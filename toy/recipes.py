@@ -50,21 +50,69 @@ class Row:
     target: str  # the executable under libexec/
     env: tuple[str, ...]  # keys besides the common ones
     dtypes: tuple[str, ...] = ("f32",)  # what train.dtype can be
-    needs: tuple[str, ...] = ()  # flags that must be given
+    needs: tuple[str, ...] = ()  # flags that must be given, or the knobs that they stand for
     gguf_archs: tuple[str, ...] = ()  # architectures of the GGUFs that it starts from
     gguf_types: tuple[str, ...] = ()  # tensor types of those GGUFs; empty: any
 
 
+TEXT_ENV = ("CORPUS", "VAL_CORPUS", "TOKENIZER", "OFFSETS", "MASK", "VAL_OFFSETS", "VAL_MASK", "DATASETS")
+DONOR_ENV = (*TEXT_ENV, "INIT", "GGUF")
+
+#: Types of a base that stays frozen. Products with its matrices are computed from the quantised blocks themselves.
+FROZEN_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+
 #: What can be trained now. Adding an architecture, a device or a recipe adds a row.
 MATRIX: tuple[Row, ...] = (
-    Row("from-scratch", "llama", "cpu", target="toy-train", env=("CORPUS", "VAL_CORPUS", "TOKENIZER")),
-)
+    Row("from-scratch", "llama", "cpu", target="toy-train", env=TEXT_ENV),
+    Row("from-scratch", "gpt2", "cpu", target="toy-train-gpt2", env=TEXT_ENV),
+    Row("warm-start", "llama", "cpu", target="toy-train", env=DONOR_ENV, needs=("--model",), gguf_archs=("llama",)),
+    Row("warm-start", "gpt2", "cpu", target="toy-train-gpt2", env=DONOR_ENV, needs=("--model",), gguf_archs=("gpt2",)),
+    Row(
+        "lora", "llama", "cpu", target="toy-train-lora", env=(*TEXT_ENV, "GGUF", "RANK"), needs=("--model",),
+        gguf_archs=("llama", "qwen2"), gguf_types=FROZEN_TYPES,
+    ),
+    Row(
+        "vit-tiny", "vit", "cpu", target="toy-train-vit", env=("IMG_DIR", "VAL_IMG_DIR", "TOKENIZER", "DATASETS"),
+        needs=("--images",),
+    ),
+)  # fmt: skip
 
-#: What can generate text from a GGUF now: architecture -> runner.
-INFER = {"llama": "toy-infer"}
+#: Words that are known each and make no sense together: (recipe, arch) -> (why, what to do).
+NONSENSE = {
+    ("from-scratch", "vit"): ("vit trains on images, and from-scratch on text", "--recipe vit-tiny trains it"),
+    ("warm-start", "vit"): ("warm-start goes on with a model of text, and vit reads images", "--recipe vit-tiny"),
+    ("lora", "vit"): (
+        "lora adapts the query, key, value and feed-forward matrices of a llama, and vit has others",
+        "--recipe vit-tiny trains a vit whole",
+    ),
+    ("lora", "gpt2"): (
+        "lora adapts models with separate query, key and value matrices, and gpt2 has one for all three",
+        "--recipe warm-start trains a gpt2 whole; lora takes GGUFs of llama and qwen2",
+    ),
+    ("vit-tiny", "llama"): ("vit-tiny trains on images, and llama reads text", "leave --arch out: vit-tiny is a vit"),
+    ("vit-tiny", "gpt2"): ("vit-tiny trains on images, and gpt2 reads text", "leave --arch out: vit-tiny is a vit"),
+}
+
+#: What can be run from a GGUF now: architecture -> runner of `toy infer`.
+INFER = {"llama": "toy-infer", "qwen2": "toy-infer", "gpt2": "toy-infer", "vit": "toy-infer"}
+
+#: What can be scored now: architecture -> runner of `toy eval`.
+EVAL = {"llama": "toy-eval", "qwen2": "toy-eval", "gpt2": "toy-eval", "vit": "toy-eval"}
 
 #: Every runner this source tree can build, with the device it needs.
-RUNNERS = {"toy-train": "cpu", "toy-infer": "cpu"}
+RUNNERS = {
+    "toy-train": "cpu",
+    "toy-train-gpt2": "cpu",
+    "toy-train-lora": "cpu",
+    "toy-train-vit": "cpu",
+    "toy-infer": "cpu",
+    "toy-eval": "cpu",
+}
+
+#: Recipes that start from a GGUF, and the knob that `--model` is for each.
+WITH_BASE = {"lora": "lora.base", "warm-start": "model.donor"}
 
 COMMON_ENV = ("TOY_RUN_DIR", "TAO_RUN_DIR", "TOY_RUN_ID", "RECIPE", "STEPS", "SEED", "TOY_CONFIG")
 
@@ -127,6 +175,9 @@ def select(recipe: str, arch: str, device: str) -> Row:
             if reason := device_reason(device):
                 raise ToyError("not_available", reason, DEVICE_HINTS.get(device, ""))
             return row
+    if (recipe, arch) in NONSENSE:
+        why, hint = NONSENSE[recipe, arch]
+        raise ToyError("not_available", f"{recipe} cannot train {arch}: {why}", hint)
     have = "; ".join(f"{row.recipe} with {row.arch} on {row.device}" for row in MATRIX)
     hint = f"this toy trains: {have}"
     if device != "cpu" and (reason := device_reason(device)):
@@ -136,6 +187,18 @@ def select(recipe: str, arch: str, device: str) -> Row:
     if arch not in {row.arch for row in MATRIX if row.recipe == recipe}:
         raise ToyError("not_available", f"recipe {recipe} cannot train {arch} yet", hint)
     raise ToyError("not_available", f"{recipe} with {arch} cannot run on {device} yet", hint)
+
+
+def gguf_name(recipe: str) -> str:
+    """What a run of this recipe leaves under weights/."""
+    return "adapter.gguf" if recipe == "lora" else "model.gguf"
+
+
+def any_row(recipe: str, arch: str, device: str, asked: bool) -> Row:
+    """The row, or, where nobody asked for an architecture and the GGUF to come brings one, one of the recipe's rows."""
+    if asked or recipe != "warm-start":
+        return select(recipe, arch, device)
+    return select(recipe, next(row.arch for row in MATRIX if row.recipe == recipe), device)
 
 
 def check_flags(recipe: str, given: Iterable[str]) -> None:
@@ -185,12 +248,21 @@ def availability() -> list[dict[str, Any]]:
     return rows
 
 
-def accepts(architecture: str, types: Iterable[str] = ()) -> list[str]:
-    """The recipes that can start from a GGUF of this architecture whose tensors have these types."""
-    kinds = {str(kind).upper() for kind in types}
-    found = [
-        row.recipe
-        for row in MATRIX
-        if architecture in row.gguf_archs and (not row.gguf_types or kinds <= set(row.gguf_types))
-    ]
+def accepts(architecture: str, types: Iterable[str] = (), kind: str = "model") -> list[str]:
+    """The recipes that can start from a GGUF of this architecture whose tensors have these types. `kind` is its
+    general.type: nothing starts from an adapter."""
+    kinds = {str(name).upper() for name in types}
+    if kind == "adapter" or not kinds:
+        return []
+    found = [row.recipe for row in MATRIX if architecture in row.gguf_archs and not refused_types(row, kinds)]
     return list(dict.fromkeys(found))
+
+
+def refused_types(row: Row, types: Iterable[str]) -> list[str]:
+    """Those of a GGUF's tensor types that this row's runner does not read."""
+    return [kind for kind in types if row.gguf_types and kind.upper() not in row.gguf_types]
+
+
+def starting_from(recipe: str, architecture: str) -> Row | None:
+    """The row of a recipe that starts from a GGUF of this architecture, whatever its device."""
+    return next((row for row in MATRIX if row.recipe == recipe and architecture in row.gguf_archs), None)

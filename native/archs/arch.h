@@ -1,15 +1,10 @@
-// defines: toy::arch — what a model family gives to the loop. One file a family; a runner is linked with one of them.
-//
-// Dimension legend, here and in every graph:
-//   B sequences   T tokens of a sequence   C n_embd   H query heads   K key/value heads   D = C/H head width
-//   F feed-forward width   V vocabulary   S slots of the KV cache
-// Shapes are in ggml's order: the fastest dimension first.
+// defines: toy::arch — what a model family gives to training, decoding and scoring. One file a family; shapes and their legend are in hparams.h.
 #pragma once
 
-#include "engine/config.h"
 #include "engine/gguf-file.h"
 #include "engine/weights.h"
 #include "ggml.h"
+#include "net.h"
 
 #include <string>
 
@@ -18,20 +13,22 @@ namespace toy {
 struct arch {
     const char * name;
 
-    // adds every trainable tensor, in forward order
-    void (*declare)(const config & cfg, weights & w);
+    // adds every tensor of the model, in forward order
+    void (*declare)(const hparams & hp, float init_std, weights & w);
 
-    // tokens [T*B] i32, positions [T] i32, mask [T, T] f32 -> logits [V, T*B]
-    ggml_tensor * (*forward)(ggml_context * ctx, const config & cfg, const tensor_lookup & get, ggml_tensor * tokens, ggml_tensor * positions,
-                             ggml_tensor * mask);
+    // -> logits [V, T*B]; with inputs.last_only [V, B]; vit [V, B]
+    ggml_tensor * (*forward)(const net & n, const inputs & in);
 
     // the architecture's GGUF keys
-    void (*write_metadata)(const config & cfg, gguf_writer & out);
+    void (*write_metadata)(const hparams & hp, gguf_writer & out);
 
     // multiply-adds of one token's forward pass, times 2 (the backward pass takes twice that)
-    double (*flops_per_token)(const config & cfg);
+    double (*flops_per_token)(const hparams & hp);
 };
 
-extern const arch ARCH_LLAMA;
+extern const arch ARCH_LLAMA, ARCH_GPT2, ARCH_VIT;
+
+// by general.architecture (qwen2 is computed by llama's graph); throws toy::error (not_available)
+const arch & arch_of(const std::string & name);
 
 }   // namespace toy

@@ -1,8 +1,8 @@
 // toy._native: GGUF metadata for Python, read and written by the same code as in the runners
-#include "bindings.h"
+#include "gguf.h"
 
+#include "bindings.h"
 #include "engine/error.h"
-#include "engine/gguf-file.h"
 
 namespace py = pybind11;
 
@@ -125,8 +125,7 @@ static py::dict gguf_read(const std::string & path) {
     return out;
 }
 
-static void gguf_write(const std::string & path, const py::dict & metadata) {
-    toy::gguf_writer w;
+void set_metadata(toy::gguf_writer & w, const py::dict & metadata) {
     for (const auto & kv : metadata) {
         const std::string key = py::cast<std::string>(kv.first);
         const py::handle  v   = kv.second;
@@ -152,6 +151,11 @@ static void gguf_write(const std::string & path, const py::dict & metadata) {
             throw py::type_error("gguf_write: " + key + " has a type that GGUF metadata cannot hold");
         }
     }
+}
+
+static void gguf_write(const std::string & path, const py::dict & metadata) {
+    toy::gguf_writer w;
+    set_metadata(w, metadata);
     w.write(path);
 }
 

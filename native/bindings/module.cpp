@@ -20,6 +20,7 @@ PYBIND11_MODULE(_native, m) {
     });
     // what ggml says on stderr would stand before the one error line that a user gets
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    bind_convert(m);
     bind_gguf(m);
     bind_trainer(m);
 }

@@ -9,17 +9,21 @@
 
 #include <pybind11/numpy.h>
 
+#include <map>
+
 namespace py = pybind11;
 
-static const toy::arch & find_arch(const std::string & name) {
-    if (name == toy::ARCH_LLAMA.name) {
-        return toy::ARCH_LLAMA;
-    }
-    throw toy::error("not_available", toy::EXIT_BAD_INPUT, "no architecture " + name, "use llama");
+using paths = std::map<std::string, std::string>;
+
+static toy::inputs_lookup lookup(const paths & env) {
+    return [env](const char * key) {
+        const auto it = env.find(key);
+        return it == env.end() ? std::string() : it->second;
+    };
 }
 
-static py::dict plan(const std::string & config_kv, size_t corpus_tokens) {
-    const toy::session     s(toy::config::parse(config_kv), find_arch(toy::config::parse(config_kv).run.arch));
+static py::dict plan(const std::string & config_kv, size_t corpus_tokens, const std::string & base) {
+    const toy::session     s(toy::config::parse(config_kv), lookup({ { "GGUF", base } }));
     const toy::memory_plan m = s.memory(corpus_tokens * sizeof(int32_t));
     py::list               tensors;
     for (const toy::param & p : s.w.params) {
@@ -29,19 +33,21 @@ static py::dict plan(const std::string & config_kv, size_t corpus_tokens) {
         tensors.append(t);
     }
     py::dict d;
-    d["parameters"]      = s.w.n_params();
-    d["weights"]         = m.weights;
-    d["gradients"]       = m.gradients;
-    d["moments"]         = m.moments;
-    d["compute"]         = m.compute;
-    d["inputs"]          = m.inputs;
-    d["work"]            = m.work;
-    d["corpus"]          = m.corpus;
-    d["runtime"]         = m.runtime;
-    d["total"]           = m.total();
-    d["tokens_per_step"] = s.tokens_per_step();
-    d["flops_per_token"] = 3 * s.model.flops_per_token(s.cfg);
-    d["tensors"]         = tensors;
+    d["parameters"]       = s.w.n_params(false);
+    d["total_parameters"] = s.total_params();
+    d["weights"]          = m.weights;
+    d["gradients"]        = m.gradients;
+    d["moments"]          = m.moments;
+    d["compute"]          = m.compute;
+    d["inputs"]           = m.inputs;
+    d["work"]             = m.work;
+    d["base"]             = m.base;
+    d["corpus"]           = m.corpus;
+    d["runtime"]          = m.runtime;
+    d["total"]            = m.total();
+    d["tokens_per_step"]  = s.tokens_per_step();
+    d["flops_per_token"]  = 3 * s.model.flops_per_token(s.hp);
+    d["tensors"]          = tensors;
     return d;
 }
 
@@ -63,7 +69,7 @@ static py::array_t<int32_t> to_numpy(const std::vector<int32_t> & v, int64_t T) 
 }
 
 void bind_trainer(py::module_ & m) {
-    m.def("plan", &plan, py::arg("config_kv"), py::arg("corpus_tokens") = 0,
+    m.def("plan", &plan, py::arg("config_kv"), py::arg("corpus_tokens") = 0, py::arg("base") = "",
           "What a configuration needs, in bytes, from the allocated graph (memory is reserved, not touched), with parameters and tokens a step.");
     m.def(
         "shortest", [](float v) { return toy::shortest(v); }, py::arg("value"),
@@ -72,14 +78,14 @@ void bind_trainer(py::module_ & m) {
     m.def("ggml_version", []() { return TOY_GGML_VERSION; }, "The ggml release under the patches.");
 
     py::class_<toy::session>(m, "Trainer", "A training session in this process, one step at a time: what a runner's loop drives.")
-        .def(py::init([](const std::string & kv, const std::string & corpus, const std::string & val_corpus) {
-                 const toy::config cfg = toy::config::parse(kv);
-                 auto              s   = std::make_unique<toy::session>(cfg, find_arch(cfg.run.arch));
-                 s->set_data(corpus, val_corpus);
-                 s->init_weights();
+        .def(py::init([](const std::string & kv, const paths & env) {
+                 auto s = std::make_unique<toy::session>(toy::config::parse(kv), lookup(env));
+                 s->set_data(lookup(env));
+                 s->start_weights(lookup(env));
                  return s;
              }),
-             py::arg("config_kv"), py::arg("corpus"), py::arg("val_corpus") = "")
+             py::arg("config_kv"), py::arg("env"),
+             "env: what a runner finds in its environment (CORPUS, VAL_CORPUS, OFFSETS, MASK, IMG_DIR, GGUF, …).")
         .def(
             "step",
             [](toy::session & s) {
@@ -96,7 +102,9 @@ void bind_trainer(py::module_ & m) {
         .def("loss_and_gradients", &toy::session::loss_and_gradients,
              "Forward and backward over the next step's batch, without an update. Returns the loss.")
         .def(
-            "evaluate", [](toy::session & s) { return s.evaluate().loss; }, "Mean validation loss, in nats a token.")
+            "evaluate", [](toy::session & s) { return s.evaluate().loss; }, "Mean validation loss, in nats a label.")
+        .def(
+            "accuracy", [](toy::session & s) { return s.evaluate().accuracy; }, "Share of the validation images that are classified right.")
         .def(
             "weights",
             [](const toy::session & s) {
@@ -122,38 +130,49 @@ void bind_trainer(py::module_ & m) {
             [](const toy::session & s) {
                 py::dict d;
                 for (const toy::param & p : s.w.params) {
-                    d[p.name.c_str()] = to_numpy(p.g);
+                    if (!p.frozen) {
+                        d[p.name.c_str()] = to_numpy(p.g);
+                    }
                 }
                 return d;
             },
-            "name -> float32 array (copies) of the last step's summed gradients, before clipping.")
+            "name -> float32 array (copies) of the last step's summed gradients, before clipping; frozen tensors have none.")
         .def(
             "next_batch",
-            [](toy::session & s) {
+            [](toy::session & s) -> py::tuple {
+                const toy::batch & b = s.last_batch;
                 s.reader->next(s.cfg.train.micro_batch, s.last_batch);
-                return py::make_tuple(to_numpy(s.last_batch.tokens, s.cfg.model.context), to_numpy(s.last_batch.labels, s.cfg.model.context));
+                if (s.is_vision()) {
+                    py::array_t<float> patches(std::vector<py::ssize_t>{
+                        s.cfg.train.micro_batch, s.hp.n_patches(), (py::ssize_t) b.patches.size() / s.cfg.train.micro_batch / s.hp.n_patches() });
+                    std::copy(b.patches.begin(), b.patches.end(), patches.mutable_data());
+                    return py::make_tuple(patches, to_numpy(b.labels, (int64_t) b.labels.size()));
+                }
+                return py::make_tuple(to_numpy(b.tokens, s.cfg.model.context), to_numpy(b.labels, s.cfg.model.context));
             },
-            "The next micro-batch as the training would read it: (tokens, labels), [sequences, context]; label -1 is masked. Moves on in the data.")
+            "The next micro-batch as the training would read it: (tokens, labels), [sequences, context], label -1 is masked; of images\n"
+            "(patches [images, patches, pixels], labels [1, images]). Moves on in the data.")
         .def(
             "save",
             [](const toy::session & s, const std::string & dir) {
                 toy::train_state st;
                 st.step = s.steps_done;
                 st.data = s.reader->tell();
-                return toy::checkpoints{ dir }.save(s.cfg, s.w, st);
+                return toy::checkpoints{ dir, "" }.save(s.cfg, s.w, st);
             },
             py::arg("dir"), "Write a checkpoint under dir; returns its path.")
         .def(
             "load",
             [](toy::session & s, const std::string & path) {
-                const toy::train_state st = toy::checkpoints::load(path, s.cfg, s.w);
+                const toy::train_state st = toy::checkpoints::load(path, s.cfg, "", s.w);
                 s.steps_done              = st.step;
                 s.reader->seek(st.data);
             },
             py::arg("path"), "Go on from a checkpoint directory (checkpoints/step_<N>).");
 
     py::class_<toy::decoder>(m, "Decoder", "A GGUF model with a KV cache, in this process.")
-        .def(py::init<const std::string &, int, int>(), py::arg("path"), py::arg("context") = 0, py::arg("threads") = 1)
+        .def(py::init<const std::string &, int, int, const std::string &>(), py::arg("path"), py::arg("context") = 0, py::arg("threads") = 1,
+             py::arg("adapter") = "")
         .def(
             "eval",
             [](toy::decoder & d, const std::vector<int32_t> & tokens) {

@@ -11,8 +11,18 @@ namespace toy {
 
 static constexpr int PREFILL_BATCH = 512;
 
-decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads)
-    : model(gguf_path), hp(llama_hparams::from_gguf(model.file)), be("cpu", n_threads) {
+decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads, const std::string & adapter)
+    : model(gguf_path),
+      hp(hparams::from_gguf(model.file)),
+      family(arch_of(hp.arch)),
+      lora(adapter.empty() ? nullptr : std::make_unique<lora_file>(adapter, model.file)),
+      be("cpu", n_threads) {
+    if (hp.arch == "vit") {
+        throw error("bad_flag", EXIT_BAD_INPUT, gguf_path + " classifies images: it makes no text", "give images with --image");
+    }
+    if (hp.arch == "gpt2" && n_ctx > hp.n_ctx) {
+        throw error("bad_flag", EXIT_BAD_INPUT, format("%s has %d positions, fewer than %d", gguf_path.c_str(), hp.n_ctx, n_ctx), "lower --context");
+    }
     cache.n_ctx        = n_ctx > 0 ? n_ctx : hp.n_ctx;
     const int64_t n_kv = (int64_t) hp.head_dim * hp.n_head_kv;
     ctx_cache          = ggml_init({ /*mem_size =*/2 * hp.n_layer * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
@@ -26,7 +36,7 @@ decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads)
         throw error("oom", EXIT_FAILED, format("cannot allocate a KV cache for %d tokens", cache.n_ctx), "lower --context");
     }
     galloc                  = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
-    const size_t graph_size = 64 * (hp.n_layer + 2);
+    const size_t graph_size = 128 * (hp.n_layer + 2);
     graph_mem.resize(graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false));
 }
 
@@ -39,14 +49,16 @@ decoder::~decoder() {
 void decoder::eval_batch(const int32_t * tokens, int n) {
     const int      S           = cache.n_past + n;
     ggml_context * ctx         = ggml_init({ graph_mem.size(), graph_mem.data(), /*no_alloc =*/true });
-    ggml_cgraph *  gf          = ggml_new_graph_custom(ctx, 64 * (hp.n_layer + 2), false);
+    ggml_cgraph *  gf          = ggml_new_graph_custom(ctx, 128 * (hp.n_layer + 2), false);
     ggml_tensor *  t_tokens    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     ggml_tensor *  t_positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     ggml_tensor *  t_mask      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, S, n);
     for (ggml_tensor * t : { t_tokens, t_positions, t_mask }) {
         ggml_set_input(t);
     }
-    ggml_tensor * out = llama_decode(ctx, gf, hp, model.lookup(), cache, t_tokens, t_positions, t_mask);
+    const inputs  in  = { t_tokens, t_positions, t_mask, nullptr, /*last_only =*/true };
+    const net     n_  = { ctx, model.lookup(), hp, lora ? &lora->adapter : nullptr, /*f32 =*/false, &cache, gf };
+    ggml_tensor * out = family.forward(n_, in);
     ggml_set_output(out);
     ggml_build_forward_expand(gf, out);
     if (!ggml_gallocr_alloc_graph(galloc, gf)) {

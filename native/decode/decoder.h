@@ -1,22 +1,27 @@
 // defines: toy::decoder — a GGUF model with a KV cache: tokens in, logits of the last one out; and toy::sampler
 #pragma once
 
-#include "archs/llama.h"
+#include "archs/arch.h"
+#include "archs/lora.h"
 #include "engine/backend.h"
 #include "engine/model-file.h"
 #include "ggml-alloc.h"
 
+#include <memory>
 #include <vector>
 
 namespace toy {
 
 struct decoder {
-    model_file    model;
-    llama_hparams hp;
-    backend       be;
-    kv_cache      cache;
+    model_file                 model;
+    hparams                    hp;
+    const arch &               family;
+    std::unique_ptr<lora_file> lora;
+    backend                    be;
+    kv_cache                   cache;
 
-    decoder(const std::string & gguf_path, int n_ctx, int n_threads);   // n_ctx 0: the model's own
+    // n_ctx 0: the model's own; adapter "": none. Throws toy::error (bad_file, oom).
+    decoder(const std::string & gguf_path, int n_ctx, int n_threads, const std::string & adapter = "");
     ~decoder();
     decoder(const decoder &)             = delete;
     decoder & operator=(const decoder &) = delete;

@@ -9,6 +9,9 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <map>
+#include <memory>
+#include <sstream>
 #include <vector>
 
 namespace toy {
@@ -19,11 +22,11 @@ static std::string step_name(int64_t step) {
     return "step_" + std::to_string(step);
 }
 
-static void write_state(const std::string & path, const config & cfg, const weights & w, const train_state & st) {
+static void write_state(const std::string & path, const config & cfg, const std::string & datasets, const weights & w, const train_state & st) {
     gguf_writer out;
     out.set_str("general.architecture", cfg.run.arch);
     out.set_str("general.type", "toy.checkpoint");
-    out.set_u32("toy.checkpoint.version", 1);
+    out.set_u32("toy.checkpoint.version", 2);
     out.set_u64("toy.step", st.step);
     out.set_u64("toy.seed", cfg.run.seed);          // the random state: every number is a hash of seed, stream and index
     out.set_u64("toy.data.epoch", st.data.epoch);   // the permutation is that of (seed, epoch)
@@ -31,12 +34,15 @@ static void write_state(const std::string & path, const config & cfg, const weig
     out.set_f64("toy.best_val_loss", st.best_val_loss);
     out.set_u64("toy.best_step", st.best_step);
     out.set_u64("toy.evals_since_best", st.evals_since_best);
-    out.set_u64("toy.config_hash", cfg.hash());
-    out.set_u64("toy.trainable_hash", w.names_hash());
+    out.set_u64("toy.last_eval_step", st.last_eval_step);
+    out.set_str("toy.config", cfg.text);
+    out.set_str("toy.datasets", datasets);
     for (const param & p : w.params) {
         out.add_tensor(p.w, p.name);
-        out.add_tensor(p.m, p.name + ".m");
-        out.add_tensor(p.v, p.name + ".v");
+        if (!p.frozen) {   // the trainable set is those with moments
+            out.add_tensor(p.m, p.name + ".m");
+            out.add_tensor(p.v, p.name + ".v");
+        }
     }
     out.write(path);
 }
@@ -55,7 +61,7 @@ std::string checkpoints::save(const config & cfg, const weights & w, const train
     remove_all(final_dir);
     try {
         make_dir(tmp);
-        write_state(tmp + "/state.gguf", cfg, w, st);
+        write_state(tmp + "/state.gguf", cfg, datasets, w, st);
         atomic_file       done(tmp + "/DONE");
         const std::string text = std::to_string(st.step) + "\n";
         done.write(text.data(), text.size());
@@ -81,7 +87,8 @@ void checkpoints::mark_best(int64_t step) {
     replace_link(step_name(step), dir + "/best");
 }
 
-void checkpoints::prune(int keep, int64_t best_step) {
+void checkpoints::prune(const config & cfg, int64_t best_step) {
+    const int            keep = cfg.checkpoint.keep, keep_every = cfg.checkpoint.keep_every;
     std::vector<int64_t> steps;
     for (const auto & e : fs::directory_iterator(dir)) {
         long long         step;
@@ -93,31 +100,91 @@ void checkpoints::prune(int keep, int64_t best_step) {
     }
     std::sort(steps.rbegin(), steps.rend());
     for (size_t i = std::max(keep, 1); i < steps.size(); i++) {
-        if (steps[i] != best_step) {
+        const bool stays = (cfg.checkpoint.keep_best && steps[i] == best_step) || (keep_every > 0 && steps[i] % keep_every == 0);
+        if (!stays) {
             remove_all(dir + "/" + step_name(steps[i]));
         }
     }
 }
 
+static error mismatch(const std::string & path, const std::string & what) {
+    return error("resume_mismatch", EXIT_BAD_INPUT, path + ": " + what, MAY_CHANGE);
+}
+
+static error damaged(const gguf_file & file, const std::string & what) {
+    return error("bad_file", EXIT_BAD_INPUT, file.path + " " + what, "the checkpoint is damaged: resume from another one");
+}
+
 static void read_tensor(FILE * f, const gguf_file & file, const std::string & name, ggml_tensor * into) {
-    const ggml_tensor * t = file.tensor(name);
-    if (!t || !ggml_are_same_shape(t, into) || t->type != into->type) {
-        throw error("resume_mismatch", EXIT_BAD_INPUT, format("%s: tensor %s is missing or of another shape", file.path.c_str(), name.c_str()),
-                    "resume with the configuration that the run was started with");
-    }
-    std::vector<uint8_t> buf(1 << 20);
+    std::vector<uint8_t> buf(1 << 16);
     fseek(f, (long) file.tensor_offset(name), SEEK_SET);
     for (size_t at = 0; at < ggml_nbytes(into); at += buf.size()) {
         const size_t len = std::min(buf.size(), ggml_nbytes(into) - at);
         if (fread(buf.data(), 1, len, f) != len) {
-            throw error("bad_file", EXIT_BAD_INPUT, format("cannot read %s: %s", file.path.c_str(), strerror(errno)),
-                        "resume from another checkpoint");
+            throw damaged(file, format("cannot be read: %s", strerror(errno)));
         }
         ggml_backend_tensor_set(into, buf.data(), at, len);
     }
 }
 
-train_state checkpoints::load(const std::string & path, const config & cfg, weights & w) {
+static uint64_t need_u64(const gguf_file & file, const char * key) {
+    const int64_t id = gguf_find_key(file.gguf, key);
+    if (id < 0 || gguf_get_kv_type(file.gguf, id) != GGUF_TYPE_UINT64) {
+        throw damaged(file, format("has no %s", key));
+    }
+    return gguf_get_val_u64(file.gguf, id);
+}
+
+// Both are "name=sha256,name=sha256": the first name whose identity differs, "" when all agree.
+static std::string differing_dataset(const std::string & here, const std::string & there) {
+    const auto parse = [](const std::string & list) {
+        std::map<std::string, std::string> out;
+        std::istringstream                 in(list);
+        for (std::string item; std::getline(in, item, ',');) {
+            out[item.substr(0, item.find('='))] = item.substr(std::min(item.size(), item.find('=') + 1));
+        }
+        return out;
+    };
+    std::map<std::string, std::string> a = parse(here), b = parse(there);
+    for (const auto & list : { a, b }) {
+        for (const auto & item : list) {
+            if (a[item.first] != b[item.first]) {
+                return format("the %s is another one (%.12s here, %.12s there)", item.first.c_str(),
+                              a[item.first].empty() ? "none" : a[item.first].c_str(), b[item.first].empty() ? "none" : b[item.first].c_str());
+            }
+        }
+    }
+    return "";
+}
+
+// The tensors must be the same ones, trained and frozen alike.
+static void check_tensors(const std::string & path, const gguf_file & file, const weights & w) {
+    size_t n = 0;
+    for (const param & p : w.params) {
+        const ggml_tensor * t = file.tensor(p.name);
+        if (!t) {
+            throw mismatch(path, "it has no tensor " + p.name);
+        }
+        if (!ggml_are_same_shape(t, p.w) || t->type != p.w->type) {
+            throw mismatch(path, format("tensor %s is %lld x %lld there and %lld x %lld here", p.name.c_str(), (long long) t->ne[0],
+                                        (long long) t->ne[1], (long long) p.w->ne[0], (long long) p.w->ne[1]));
+        }
+        const ggml_tensor *m = file.tensor(p.name + ".m"), *v = file.tensor(p.name + ".v");
+        if (!!m != !p.frozen) {
+            throw mismatch(path,
+                           format("tensor %s is %s there and %s here", p.name.c_str(), m ? "trained" : "frozen", p.frozen ? "frozen" : "trained"));
+        }
+        if (m && (!v || !ggml_are_same_shape(m, p.w) || !ggml_are_same_shape(v, p.w) || m->type != p.w->type || v->type != p.w->type)) {
+            throw damaged(file, "holds moments of another shape than " + p.name);
+        }
+        n += m ? 3 : 1;
+    }
+    if ((int64_t) n != gguf_get_n_tensors(file.gguf)) {
+        throw mismatch(path, "it trains tensors that this model does not have");
+    }
+}
+
+train_state checkpoints::load(const std::string & path, const config & cfg, const std::string & datasets, weights & w) {
     if (!exists(path + "/DONE")) {
         throw error(exists(path) ? "bad_file" : "missing_file", EXIT_BAD_INPUT, format("%s is not a whole checkpoint (no DONE in it)", path.c_str()),
                     "name a directory checkpoints/step_<N> of a run");
@@ -127,44 +194,44 @@ train_state checkpoints::load(const std::string & path, const config & cfg, weig
         throw error("bad_file", EXIT_BAD_INPUT, format("%s is not a checkpoint of toy", file.path.c_str()),
                     "name a directory checkpoints/step_<N> of a run");
     }
-    const auto u64 = [&](const char * key) { return gguf_get_val_u64(file.gguf, gguf_find_key(file.gguf, key)); };
-    for (const char * key :
-         { "toy.step", "toy.data.epoch", "toy.data.index", "toy.best_step", "toy.evals_since_best", "toy.config_hash", "toy.trainable_hash" }) {
-        const int64_t id = gguf_find_key(file.gguf, key);
-        if (id < 0 || gguf_get_kv_type(file.gguf, id) != GGUF_TYPE_UINT64) {
-            throw error("bad_file", EXIT_BAD_INPUT, format("%s has no %s", file.path.c_str(), key),
-                        "the checkpoint is damaged: resume from another one");
-        }
+    if (file.get_int("toy.checkpoint.version", 0) != 2) {
+        throw mismatch(path, "it was written by another version of toy");
     }
-    if (u64("toy.trainable_hash") != w.names_hash()) {
-        throw error("resume_mismatch", EXIT_BAD_INPUT, format("%s trains other tensors than this configuration", path.c_str()),
-                    "resume with the model the run was started with");
+    train_state st;
+    st.step             = (int64_t) need_u64(file, "toy.step");
+    st.data             = { need_u64(file, "toy.data.epoch"), need_u64(file, "toy.data.index") };
+    st.best_val_loss    = file.get_num("toy.best_val_loss", 1e300);
+    st.best_step        = (int64_t) need_u64(file, "toy.best_step");
+    st.evals_since_best = (int64_t) need_u64(file, "toy.evals_since_best");
+    st.last_eval_step   = (int64_t) need_u64(file, "toy.last_eval_step");
+
+    std::string knob;
+    try {
+        knob = cfg.difference(config::parse(file.get_str("toy.config", "")));
+    } catch (const error &) {
+        throw mismatch(path, "it was written by another version of toy");
     }
-    if (u64("toy.config_hash") != cfg.hash()) {
-        throw error("resume_mismatch", EXIT_BAD_INPUT, format("%s was made with other model, data or train knobs", path.c_str()),
-                    "resume with the run's own config.json");
+    if (!knob.empty()) {
+        throw mismatch(path, knob);
     }
+    const std::string data = differing_dataset(datasets, file.get_str("toy.datasets", ""));
+    if (!data.empty()) {
+        throw mismatch(path, data);
+    }
+    check_tensors(path, file, w);
+
     FILE * f = fopen(file.path.c_str(), "rb");
     if (!f) {
         throw_io("read", file.path);
     }
-    try {
-        for (const param & p : w.params) {
-            read_tensor(f, file, p.name, p.w);
+    const std::unique_ptr<FILE, int (*)(FILE *)> closer(f, fclose);
+    for (const param & p : w.params) {
+        read_tensor(f, file, p.name, p.w);
+        if (!p.frozen) {
             read_tensor(f, file, p.name + ".m", p.m);
             read_tensor(f, file, p.name + ".v", p.v);
         }
-    } catch (...) {
-        fclose(f);
-        throw;
     }
-    fclose(f);
-    train_state st;
-    st.step             = (int64_t) u64("toy.step");
-    st.data             = { u64("toy.data.epoch"), u64("toy.data.index") };
-    st.best_val_loss    = file.get_num("toy.best_val_loss", 1e300);
-    st.best_step        = (int64_t) u64("toy.best_step");
-    st.evals_since_best = (int64_t) u64("toy.evals_since_best");
     return st;
 }
 

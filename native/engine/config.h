@@ -14,32 +14,41 @@ struct config {
         std::string recipe, arch, device, name, notes, build;
         int64_t     seed;
         int         threads;
+        double      stop_after;
     } run;
 
     struct {
-        int   n_layer, n_embd, n_head, n_head_kv, n_ff, vocab_size, context;
-        float rope_freq_base, norm_eps, init_std;
-        bool  tie_embeddings;
+        int         n_layer, n_embd, n_head, n_head_kv, n_ff, vocab_size, context, image_size, patch_size, n_channel, n_class;
+        float       rope_freq_base, norm_eps, init_std;
+        bool        tie_embeddings;
+        std::string pool, init, donor;
     } model;
 
     struct {
-        std::string corpus, tokenizer, val_corpus;
+        std::string corpus, tokenizer, val_corpus, images, val_images;
         double      val_fraction;
-        bool        shuffle;
+        bool        shuffle, augment_flip;
+        int         augment_crop;
     } data;
 
     struct {
         int         steps, batch, micro_batch, warmup_steps;
-        double      learning_rate, min_learning_rate, beta1, beta2, eps, weight_decay, grad_clip;
-        std::string schedule, optimizer, dtype;
+        double      learning_rate, min_learning_rate, beta1, beta2, eps, weight_decay, grad_clip, embedding_lr_scale;
+        std::string schedule, optimizer, dtype, freeze;
     } train;
+
+    struct {
+        std::string base, targets;
+        int         rank;
+        double      alpha, dropout;
+    } lora;
 
     struct {
         int every, batches, patience;
     } eval;
 
     struct {
-        int         every, keep;
+        int         every, keep, keep_every;
         bool        keep_best;
         std::string resume;
     } checkpoint;
@@ -52,12 +61,17 @@ struct config {
     static config parse(const std::string & text);   // throws toy::error (bad_config)
     static config load(const std::string & path);    // throws toy::error (missing_file, bad_config)
 
-    // what a resumed run must share with the checkpoint: a hash over the model, data and train sections
-    uint64_t hash() const;
+    std::string text;   // what it was read from: checkpoints keep it
+
+    // The first knob that a resumed run would have to share with `saved` and does not, as "train.batch is 8 here and 16 there"; "" when all agree.
+    std::string difference(const config & saved) const;
 
   private:
     template <typename F>
     void each(F && f);
 };
+
+// What a resume may change, for people.
+extern const char * const MAY_CHANGE;
 
 }   // namespace toy

@@ -14,7 +14,7 @@
 
 namespace toy {
 
-token_file::token_file(const std::string & path) : path(path) {
+data_file::data_file(const std::string & path, const char * what) : path(path) {
     const int   fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     struct stat st;
     if (fd < 0 || fstat(fd, &st) != 0) {
@@ -22,25 +22,29 @@ token_file::token_file(const std::string & path) : path(path) {
         if (fd >= 0) {
             close(fd);
         }
-        throw error("missing_file", EXIT_BAD_INPUT, format("cannot open the packed corpus %s: %s", path.c_str(), strerror(e)),
+        throw error("missing_file", EXIT_BAD_INPUT, format("cannot open the %s %s: %s", what, path.c_str(), strerror(e)),
                     "name a corpus that exists with --corpus");
     }
-    if (st.st_size == 0 || st.st_size % sizeof(int32_t) != 0) {
-        close(fd);
-        throw error("bad_file", EXIT_BAD_INPUT, format("%s has %lld bytes: not whole int32 tokens", path.c_str(), (long long) st.st_size),
-                    "pack the corpus again");
-    }
-    void * p = mmap(nullptr, st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    bytes    = st.st_size;
+    void * p = bytes > 0 ? mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
     close(fd);
     if (p == MAP_FAILED) {
-        throw error("bad_file", EXIT_BAD_INPUT, format("cannot map %s: %s", path.c_str(), strerror(errno)), "pack the corpus again");
+        throw error("bad_file", EXIT_BAD_INPUT, format("cannot map %s: %s", path.c_str(), bytes > 0 ? strerror(errno) : "it is empty"),
+                    "pack the corpus again");
     }
-    tokens = (const int32_t *) p;
-    n      = st.st_size / sizeof(int32_t);
+    data = p;
 }
 
-token_file::~token_file() {
-    munmap((void *) tokens, n * sizeof(int32_t));
+data_file::~data_file() {
+    munmap((void *) data, bytes);
+}
+
+token_file::token_file(const std::string & path) : data_file(path, "packed corpus") {
+    if (bytes % sizeof(int32_t) != 0) {
+        throw error("bad_file", EXIT_BAD_INPUT, format("%s has %zu bytes: not whole int32 tokens", path.c_str(), bytes), "pack the corpus again");
+    }
+    tokens = (const int32_t *) data;
+    n      = bytes / sizeof(int32_t);
 }
 
 int32_t token_file::max_token() const {
@@ -51,19 +55,83 @@ int32_t token_file::max_token() const {
     return hi;
 }
 
-window_reader::window_reader(const int32_t * tokens, size_t n, int T, uint64_t seed, bool shuffle)
-    : tokens(tokens), n(n), T(T), seed(seed), shuffle(shuffle) {
-    if (n < (size_t) T + 1) {
-        throw error("bad_file", EXIT_BAD_INPUT, format("the training part of the corpus has %zu tokens, fewer than one window of %d", n, T + 1),
-                    "give a longer corpus, a smaller model.context or a smaller data.val_fraction");
+//
+// windows
+//
+
+static void clear_tokens(int n_seq, int T, batch & out) {
+    out.tokens.assign((size_t) n_seq * T, 0);
+    out.labels.assign((size_t) n_seq * T, -1);
+    out.seeds.assign((size_t) n_seq * 2, -1);
+    out.n_labels = out.n_tokens = 0;
+}
+
+size_t window_set::offset(uint64_t epoch) const {
+    return shift ? rng(seed, "data.epoch." + std::to_string(epoch)).below(0, std::min((size_t) T, n - T)) : 0;
+}
+
+size_t window_set::n_items(uint64_t epoch) const {
+    if (n < 2) {
+        return 0;
     }
+    const size_t labels = n - 1 - offset(epoch);
+    return with_rest ? (labels + T - 1) / T : labels / T;
+}
+
+void window_set::clear(int n_seq, batch & out) const {
+    clear_tokens(n_seq, T, out);
+}
+
+void window_set::read(uint64_t epoch, size_t item, int slot, batch & out) const {
+    const size_t    from = offset(epoch) + item * T, len = std::min((size_t) T, n - 1 - from);
+    const int32_t * w = tokens + from;
+    std::copy(w, w + len, out.tokens.begin() + (size_t) slot * T);
+    std::copy(w + 1, w + len + 1, out.labels.begin() + (size_t) slot * T);
+    out.n_labels += len;
+    out.n_tokens += len;
+}
+
+//
+// examples
+//
+
+example_set::example_set(const int32_t * tokens, const int64_t * offsets, const uint8_t * mask, size_t first, size_t end, int T)
+    : tokens(tokens), offsets(offsets), mask(mask), T(T) {
+    for (size_t i = first; i < end; i++) {
+        const int64_t from = offsets[i] + 1, to = std::min(offsets[i + 1], from + T);   // labels
+        if (from < to && memchr(mask + from, 1, to - from)) {
+            usable.push_back((uint32_t) i);
+        }
+    }
+}
+
+void example_set::clear(int n_seq, batch & out) const {
+    clear_tokens(n_seq, T, out);
+}
+
+void example_set::read(uint64_t, size_t item, int slot, batch & out) const {
+    const int64_t from = offsets[usable[item]], len = std::min<int64_t>(T, offsets[usable[item] + 1] - 1 - from);
+    for (int64_t i = 0; i < len; i++) {
+        out.tokens[(size_t) slot * T + i] = tokens[from + i];
+        if (mask[from + i + 1]) {
+            out.labels[(size_t) slot * T + i] = tokens[from + i + 1];
+            out.n_labels++;
+        }
+    }
+    out.n_tokens += len;
+}
+
+//
+// order
+//
+
+data_reader::data_reader(const dataset & data, uint64_t seed, bool shuffle) : data(data), seed(seed), shuffle(shuffle) {
     begin_epoch();
 }
 
-void window_reader::begin_epoch() {
+void data_reader::begin_epoch() {
     const rng r(seed, "data.epoch." + std::to_string(at.epoch));
-    offset = shuffle ? r.below(0, std::min((size_t) T, n - T)) : 0;
-    order.resize((n - 1 - offset) / T);
+    order.resize(data.n_items(at.epoch));
     std::iota(order.begin(), order.end(), 0);
     if (shuffle) {
         for (size_t i = order.size() - 1; i > 0; i--) {
@@ -72,36 +140,30 @@ void window_reader::begin_epoch() {
     }
 }
 
-void window_reader::next(int n_seq, batch & out) {
-    out.tokens.resize((size_t) n_seq * T);
-    out.labels.resize((size_t) n_seq * T);
-    out.n_labels = (int64_t) n_seq * T;
+void data_reader::next(int n_seq, batch & out) {
+    data.clear(n_seq, out);
     for (int s = 0; s < n_seq; s++) {
         if (at.index == order.size()) {
             at = { at.epoch + 1, 0 };
             begin_epoch();
         }
-        const int32_t * w = tokens + offset + (size_t) order[at.index++] * T;
-        std::copy(w, w + T, out.tokens.begin() + (size_t) s * T);
-        std::copy(w + 1, w + T + 1, out.labels.begin() + (size_t) s * T);
+        const size_t item = order[at.index++];
+        data.read(at.epoch, item, s, out);
+        const uint64_t bits  = rng(seed, "sequence." + std::to_string(at.epoch)).bits(item);
+        out.seeds[2 * s]     = (int32_t) (bits >> 33);   // 31 bits: not negative
+        out.seeds[2 * s + 1] = (int32_t) (uint32_t) bits;
     }
 }
 
-void window_reader::seek(const state & to) {
+void data_reader::seek(const state & to) {
     at = to;
     begin_epoch();
 }
 
-void eval_reader::read(int64_t first, int64_t stride, int64_t end, int n_seq, batch & out) const {
-    out.tokens.assign((size_t) n_seq * T, 0);
-    out.labels.assign((size_t) n_seq * T, -1);
-    out.n_labels = 0;
+void read_in_order(const dataset & data, int64_t first, int64_t stride, int64_t end, int n_seq, batch & out) {
+    data.clear(n_seq, out);
     for (int s = 0; s < n_seq && first + s * stride < end; s++) {
-        const size_t from = (size_t) (first + s * stride) * T;
-        const size_t len  = std::min((size_t) T, n - 1 - from);
-        std::copy(tokens + from, tokens + from + len, out.tokens.begin() + (size_t) s * T);
-        std::copy(tokens + from + 1, tokens + from + len + 1, out.labels.begin() + (size_t) s * T);
-        out.n_labels += len;
+        data.read(0, first + s * stride, s, out);
     }
 }
 

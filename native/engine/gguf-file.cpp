@@ -199,13 +199,58 @@ void gguf_writer::set_f32s(const std::string & key, const std::vector<float> & v
 
 void gguf_writer::copy_metadata(const gguf_file & from) {
     gguf_set_kv(gguf, from.gguf);
+    // how the other file was laid out, not what it holds
+    for (const char * key : { GGUF_KEY_GENERAL_ALIGNMENT, "split.no", "split.count", "split.tensors.count" }) {
+        gguf_remove_key(gguf, key);
+    }
+}
+
+void gguf_writer::copy_key(const gguf_file & from, const std::string & key) {
+    const char *  k  = key.c_str();
+    const int64_t id = gguf_find_key(from.gguf, k);
+    switch (id < 0 ? GGUF_TYPE_COUNT : gguf_get_kv_type(from.gguf, id)) {
+        case GGUF_TYPE_STRING:
+            return gguf_set_val_str(gguf, k, gguf_get_val_str(from.gguf, id));
+        case GGUF_TYPE_UINT32:
+            return gguf_set_val_u32(gguf, k, gguf_get_val_u32(from.gguf, id));
+        case GGUF_TYPE_INT32:
+            return gguf_set_val_i32(gguf, k, gguf_get_val_i32(from.gguf, id));
+        case GGUF_TYPE_UINT64:
+            return gguf_set_val_u64(gguf, k, gguf_get_val_u64(from.gguf, id));
+        case GGUF_TYPE_FLOAT32:
+            return gguf_set_val_f32(gguf, k, gguf_get_val_f32(from.gguf, id));
+        case GGUF_TYPE_BOOL:
+            return gguf_set_val_bool(gguf, k, gguf_get_val_bool(from.gguf, id));
+        default:
+            return;
+    }
 }
 
 void gguf_writer::add_tensor(const ggml_tensor * tensor, const std::string & name) {
-    ggml_tensor * t = ggml_new_tensor(ctx, tensor->type, GGML_MAX_DIMS, tensor->ne);
+    add_tensor(name, tensor->type, tensor->ne, [tensor](const put_bytes & put) {
+        std::vector<uint8_t> buf(1 << 16);   // through a small buffer, so that saving needs no memory of the model's size
+        const size_t         n = ggml_nbytes(tensor);
+        for (size_t at = 0; at < n; at += buf.size()) {
+            const size_t len = std::min(buf.size(), n - at);
+            ggml_backend_tensor_get(tensor, buf.data(), at, len);
+            put(buf.data(), len);
+        }
+    });
+}
+
+void gguf_writer::add_tensor(const std::string & name, ggml_type type, const int64_t * ne, tensor_source source) {
+    ggml_tensor * t = ggml_new_tensor(ctx, type, GGML_MAX_DIMS, ne);
     ggml_set_name(t, name.c_str());
     gguf_add_tensor(gguf, t);
-    sources.push_back(tensor);
+    sources.push_back(std::move(source));
+}
+
+size_t gguf_writer::size() const {
+    size_t n = gguf_get_meta_size(gguf);
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        n += GGML_PAD(ggml_nbytes(t), gguf_get_alignment(gguf));
+    }
+    return n;
 }
 
 void gguf_writer::write(const std::string & path) {
@@ -214,19 +259,33 @@ void gguf_writer::write(const std::string & path) {
     gguf_get_meta_data(gguf, meta.data());
     out.write(meta.data(), meta.size());
 
-    const size_t         align = gguf_get_alignment(gguf);
-    std::vector<uint8_t> buf(1 << 20);   // through a small buffer, so that saving needs no memory of the model's size
-    for (const ggml_tensor * t : sources) {
-        const size_t n = ggml_nbytes(t);
-        for (size_t at = 0; at < n; at += buf.size()) {
-            const size_t len = std::min(buf.size(), n - at);
-            ggml_backend_tensor_get(t, buf.data(), at, len);
-            out.write(buf.data(), len);
+    const size_t  align = gguf_get_alignment(gguf);
+    ggml_tensor * t     = ggml_get_first_tensor(ctx);
+    for (const tensor_source & source : sources) {
+        size_t n = 0;
+        source([&](const void * data, size_t size) {
+            out.write(data, size);
+            n += size;
+        });
+        if (n != ggml_nbytes(t)) {
+            throw error("bug", EXIT_FAILED, format("tensor %s came with %zu bytes where it has %zu", t->name, n, ggml_nbytes(t)),
+                        "this is a fault of toy's own; please report it");
         }
         const std::vector<uint8_t> pad(GGML_PAD(n, align) - n, 0);
         out.write(pad.data(), pad.size());
+        t = ggml_get_next_tensor(ctx, t);
     }
     out.commit();
+}
+
+void check_free_space(const std::string & path, size_t size) {
+    const size_t slash = path.rfind('/');
+    const size_t left  = free_bytes(slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash));
+    if (left < size) {
+        throw error("disk_full", EXIT_FAILED,
+                    format("%s needs %.1f MiB, and its disk has %.1f MiB left", path.c_str(), size / 1048576.0, left / 1048576.0),
+                    "free some space, or name a place on another disk");
+    }
 }
 
 }   // namespace toy

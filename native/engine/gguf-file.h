@@ -4,6 +4,7 @@
 #include "ggml.h"
 #include "gguf.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -33,6 +34,10 @@ struct gguf_file {
     ggml_tensor * tensor(const std::string & name) const;          // nullptr when absent
 };
 
+// Where a tensor's bytes come from when a file is written: called once, it hands them to `put` in order, in as many pieces as it likes.
+using put_bytes     = std::function<void(const void * data, size_t size)>;
+using tensor_source = std::function<void(const put_bytes & put)>;
+
 // Collects metadata and tensors, then writes the file whole or not at all: temporary name, fsync, rename.
 struct gguf_writer {
     gguf_writer();
@@ -50,15 +55,21 @@ struct gguf_writer {
     void set_strs(const std::string & key, const std::vector<std::string> & values);
     void set_i32s(const std::string & key, const std::vector<int32_t> & values);
     void set_f32s(const std::string & key, const std::vector<float> & values);
-    void copy_metadata(const gguf_file & from);
-    void add_tensor(const ggml_tensor * tensor, const std::string & name);   // data is read at write()
+    void copy_metadata(const gguf_file & from);                                                            // alignment and split keys aside
+    void copy_key(const gguf_file & from, const std::string & key);                                        // absent there: nothing
+    void add_tensor(const ggml_tensor * tensor, const std::string & name);                                 // data is read at write()
+    void add_tensor(const std::string & name, ggml_type type, const int64_t * ne, tensor_source source);   // ne [GGML_MAX_DIMS]; called at write()
 
-    void write(const std::string & path);   // throws toy::error (disk_full, runner_failed)
+    size_t size() const;                      // of the file, in bytes
+    void   write(const std::string & path);   // throws toy::error (disk_full, runner_failed), and whatever a source throws
 
   private:
-    gguf_context *                   gguf;
-    ggml_context *                   ctx;
-    std::vector<const ggml_tensor *> sources;
+    gguf_context *             gguf;
+    ggml_context *             ctx;
+    std::vector<tensor_source> sources;
 };
+
+// Throws toy::error (disk_full) when the disk of `path` has less than `size` bytes left.
+void check_free_space(const std::string & path, size_t size);
 
 }   // namespace toy

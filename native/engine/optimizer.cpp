@@ -34,16 +34,22 @@ adamw::adamw(const config & cfg, weights & w, backend & be) : cfg(cfg), w(w), be
     const size_t n          = w.params.size();
     const size_t graph_size = 4 * n + 16;
     ctx                     = ggml_init(
-        { /*mem_size =*/(4 * n + 16) * ggml_tensor_overhead() + 2 * ggml_graph_overhead_custom(graph_size, false), nullptr, /*no_alloc =*/true });
-    for (ggml_tensor *& h : hyper) {
-        h = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 8);
+        { /*mem_size =*/(4 * n + 32) * ggml_tensor_overhead() + 2 * ggml_graph_overhead_custom(graph_size, false), nullptr, /*no_alloc =*/true });
+    for (auto & group : hyper) {
+        for (ggml_tensor *& h : group) {
+            h = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 8);
+        }
     }
     graph_norm   = ggml_new_graph_custom(ctx, graph_size, false);
     graph_update = ggml_new_graph_custom(ctx, graph_size, false);
     for (const param & p : w.params) {
+        if (p.frozen) {
+            continue;
+        }
+        trained.push_back(&p);
         sums.push_back(ggml_sum_sqr(ctx, p.g));
         ggml_build_forward_expand(graph_norm, sums.back());
-        ggml_build_forward_expand(graph_update, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.decay]));
+        ggml_build_forward_expand(graph_update, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.embedding][p.decay]));
     }
     buf = ggml_backend_alloc_ctx_tensors(ctx, be.handle);
 }
@@ -61,7 +67,7 @@ double adamw::grad_norm(const param ** first_bad) {
         float s;
         ggml_backend_tensor_get(sums[i], &s, 0, sizeof(s));
         if (!std::isfinite(s) && !*first_bad) {
-            *first_bad = &w.params[i];
+            *first_bad = trained[i];
         }
         sum += s;
     }
@@ -80,9 +86,10 @@ static double int_pow(double x, int n) {
 void adamw::step(int step, double lr, double norm) {
     const auto & t    = cfg.train;
     const float  clip = t.grad_clip > 0 && norm > t.grad_clip ? (float) (t.grad_clip / norm) : 1.0f;
-    for (int decay = 0; decay < 2; decay++) {
+    for (const int group : { 0, 1, 2, 3 }) {
+        const bool  embedding = group & 2, decay = group & 1;
         const float h[8] = {
-            (float) lr,
+            (float) (embedding ? lr * t.embedding_lr_scale : lr),
             (float) t.beta1,
             (float) t.beta2,
             (float) t.eps,
@@ -91,7 +98,7 @@ void adamw::step(int step, double lr, double norm) {
             (float) (1 / (1 - int_pow(t.beta2, step))),
             clip,
         };
-        ggml_backend_tensor_set(hyper[decay], h, 0, sizeof(h));
+        ggml_backend_tensor_set(hyper[embedding][decay], h, 0, sizeof(h));
     }
     be.compute(graph_update);
 }

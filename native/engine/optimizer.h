@@ -36,8 +36,9 @@ struct adamw {
 
     ggml_context *             ctx;
     ggml_backend_buffer_t      buf;
-    std::vector<ggml_tensor *> sums;       // one [1] a parameter: sum of squared gradients
-    ggml_tensor *              hyper[2];   // [8] without and with weight decay
+    std::vector<const param *> trained;       // those that are not frozen
+    std::vector<ggml_tensor *> sums;          // one [1] each: sum of squared gradients
+    ggml_tensor *              hyper[2][2];   // [8]; of the embeddings or not; with weight decay or not
     ggml_cgraph *              graph_norm;
     ggml_cgraph *              graph_update;
 };

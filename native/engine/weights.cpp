@@ -2,9 +2,15 @@
 
 #include "error.h"
 #include "ggml-alloc.h"
+#include "gguf-file.h"
 #include "rng.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <sstream>
 
 namespace toy {
 
@@ -21,21 +27,24 @@ weights::~weights() {
     }
 }
 
-ggml_tensor * weights::add(const std::string & name, int64_t ne0, int64_t ne1, float init_std) {
-    const bool vector = ne1 == 0;
-    param      p;
-    p.name     = name;
-    p.init_std = init_std;
-    p.decay    = !vector;
-    p.w        = vector ? ggml_new_tensor_1d(ctx[0], GGML_TYPE_F32, ne0) : ggml_new_tensor_2d(ctx[0], GGML_TYPE_F32, ne0, ne1);
-    p.g        = ggml_dup_tensor(ctx[1], p.w);
-    p.m        = ggml_dup_tensor(ctx[2], p.w);
-    p.v        = ggml_dup_tensor(ctx[2], p.w);
-    ggml_set_name(p.w, name.c_str());
-    ggml_format_name(p.g, "grad:%s", name.c_str());
-    ggml_set_param(p.w);
+void weights::add(const std::string & name, ggml_tensor * w, init start) {
+    param p;
+    p.name      = name;
+    p.start     = start;
+    p.decay     = ggml_n_dims(w) > 1;
+    p.embedding = name == "token_embd.weight" || name == "position_embd.weight";
+    p.w         = w;
+    ggml_set_name(w, name.c_str());
     params.push_back(p);
-    return p.w;
+}
+
+void weights::add_matrix(const std::string & name, int64_t ne0, int64_t ne1, init start) {
+    add(name, ggml_new_tensor_2d(ctx[0], GGML_TYPE_F32, ne0, ne1), start);
+    params.back().decay = true;   // also where one side is 1
+}
+
+void weights::add_vector(const std::string & name, int64_t ne0, init start) {
+    add(name, ggml_new_tensor_1d(ctx[0], GGML_TYPE_F32, ne0), start);
 }
 
 tensor_lookup weights::lookup() const {
@@ -49,7 +58,47 @@ tensor_lookup weights::lookup() const {
     };
 }
 
+// * is any text, ? is one character
+static bool fits(const char * pattern, const char * name) {
+    if (*pattern == '*') {
+        return fits(pattern + 1, name) || (*name && fits(pattern, name + 1));
+    }
+    if (!*pattern || !*name) {
+        return *pattern == *name;
+    }
+    return (*pattern == '?' || *pattern == *name) && fits(pattern + 1, name + 1);
+}
+
+void weights::freeze(const std::string & patterns) {
+    std::istringstream in(patterns);
+    for (std::string pattern; std::getline(in, pattern, ',');) {
+        bool any = false;
+        for (param & p : params) {
+            if (fits(pattern.c_str(), p.name.c_str())) {
+                p.frozen = any = true;
+            }
+        }
+        if (!any) {
+            throw error("bad_config", EXIT_BAD_INPUT, "train.freeze: no tensor fits '" + pattern + "'",
+                        "tensors are named like blk.0.attn_q.weight; blk.0.* is the first block");
+        }
+    }
+    if (std::all_of(params.begin(), params.end(), [](const param & p) { return p.frozen; })) {
+        throw error("bad_config", EXIT_BAD_INPUT, "train.freeze = " + patterns + " leaves nothing to train", "freeze fewer tensors");
+    }
+}
+
 void weights::alloc(ggml_backend_t backend) {
+    for (param & p : params) {
+        if (p.frozen) {
+            continue;
+        }
+        p.g = ggml_dup_tensor(ctx[1], p.w);
+        p.m = ggml_dup_tensor(ctx[2], p.w);
+        p.v = ggml_dup_tensor(ctx[2], p.w);
+        ggml_format_name(p.g, "grad:%s", p.name.c_str());
+        ggml_set_param(p.w);
+    }
     for (int i = 0; i < 3; i++) {
         buf[i] = ggml_backend_alloc_ctx_tensors(ctx[i], backend);
         if (!buf[i]) {
@@ -58,13 +107,13 @@ void weights::alloc(ggml_backend_t backend) {
                                i == 0   ? "weights"
                                : i == 1 ? "gradients"
                                         : "moments",
-                               (long long) n_params()),
+                               (long long) n_params(i == 0)),
                         "lower model.n_layer, model.n_embd or model.vocab_size; `--dry-run` says what is needed");
         }
     }
 }
 
-void weights::init(uint64_t seed) {
+void weights::start(uint64_t seed) {
     std::vector<float> chunk(1 << 16);   // small, so that starting needs no memory of a tensor's size
     for (const param & p : params) {
         const rng    r(seed, "init." + p.name);
@@ -72,7 +121,9 @@ void weights::init(uint64_t seed) {
         for (size_t at = 0; at < n; at += chunk.size()) {
             const size_t len = std::min(chunk.size(), n - at);
             for (size_t i = 0; i < len; i++) {
-                chunk[i] = p.init_std == 0 ? 1.0f : p.init_std * r.normal(at + i);
+                chunk[i] = p.start.kind == init::NORMAL    ? p.start.value * r.normal(at + i)
+                           : p.start.kind == init::UNIFORM ? (float) (p.start.value * (2 * r.uniform(at + i) - 1))
+                                                           : p.start.value;
             }
             ggml_backend_tensor_set(p.w, chunk.data(), at * sizeof(float), len * sizeof(float));
         }
@@ -84,10 +135,10 @@ void weights::zero_gradients() {
     ggml_backend_buffer_clear(buf[1], 0);
 }
 
-int64_t weights::n_params() const {
+int64_t weights::n_params(bool with_frozen) const {
     int64_t n = 0;
     for (const param & p : params) {
-        n += ggml_nelements(p.w);
+        n += with_frozen || !p.frozen ? ggml_nelements(p.w) : 0;
     }
     return n;
 }
@@ -102,13 +153,50 @@ size_t weights::bytes_moments() const {
     return ggml_backend_buffer_get_size(buf[2]);
 }
 
-uint64_t weights::names_hash() const {
-    uint64_t h = 0;
-    for (const param & p : params) {
-        h = hash_bytes(p.name.data(), p.name.size(), h);
-        h = hash_bytes(p.w->ne, sizeof(p.w->ne), h);
+void copy_from_gguf(weights & w, const gguf_file & donor, const std::function<bool(const std::string &)> & wanted) {
+    FILE * f = fopen(donor.path.c_str(), "rb");
+    if (!f) {
+        throw error("missing_file", EXIT_BAD_INPUT, format("cannot open %s: %s", donor.path.c_str(), strerror(errno)), "check that you may read it");
     }
-    return h;
+    const std::unique_ptr<FILE, int (*)(FILE *)> closer(f, fclose);
+    std::vector<uint8_t>                         raw;
+    std::vector<float>                           row;
+    for (const param & p : w.params) {
+        if (!wanted(p.name)) {
+            continue;
+        }
+        const ggml_tensor * t       = donor.tensor(p.name);
+        // a longer table of positions is used from its beginning
+        const bool          shorter = t && p.name == "position_embd.weight" && t->ne[0] == p.w->ne[0] && t->ne[1] > p.w->ne[1];
+        if (!t || (!ggml_are_same_shape(t, p.w) && !shorter)) {
+            throw error("bad_file", EXIT_BAD_INPUT,
+                        t ? format("%s: %s is %lld x %lld, and this model's is %lld x %lld", donor.path.c_str(), p.name.c_str(), (long long) t->ne[0],
+                                   (long long) t->ne[1], (long long) p.w->ne[0], (long long) p.w->ne[1])
+                          : donor.path + " has no tensor " + p.name,
+                        "leave the model's shape to the donor, or choose --init embeddings or scratch");
+        }
+        const ggml_to_float_t to_float = ggml_get_type_traits(t->type)->to_float;
+        if (t->type != GGML_TYPE_F32 && !to_float) {
+            throw error("bad_file", EXIT_BAD_INPUT,
+                        format("%s: %s is of the type %s, which is no weight", donor.path.c_str(), t->name, ggml_type_name(t->type)), "name a model");
+        }
+        const size_t row_bytes = ggml_row_size(t->type, t->ne[0]);
+        raw.resize(row_bytes);
+        row.resize(t->ne[0]);
+        fseek(f, (long) donor.tensor_offset(p.name), SEEK_SET);
+        for (int64_t i = 0; i < ggml_nrows(p.w); i++) {
+            if (fread(raw.data(), 1, row_bytes, f) != row_bytes) {
+                throw error("bad_file", EXIT_BAD_INPUT, format("cannot read %s: %s", donor.path.c_str(), strerror(errno)),
+                            "copy or download it again");
+            }
+            if (t->type == GGML_TYPE_F32) {
+                memcpy(row.data(), raw.data(), row_bytes);
+            } else {
+                to_float(raw.data(), row.data(), t->ne[0]);
+            }
+            ggml_backend_tensor_set(p.w, row.data(), i * row.size() * sizeof(float), row.size() * sizeof(float));
+        }
+    }
 }
 
 }   // namespace toy

@@ -1,4 +1,4 @@
-// defines: toy::weights — the trainable tensors of a model with their gradients and AdamW moments, each kind in one buffer
+// defines: toy::weights — the tensors of a model that training owns, with their gradients and AdamW moments, each kind in one buffer
 #pragma once
 
 #include "ggml-backend.h"
@@ -11,16 +11,31 @@
 
 namespace toy {
 
+struct gguf_file;
+
 using tensor_lookup = std::function<ggml_tensor *(const std::string &)>;   // nullptr: the model has no such tensor
 
+// How a tensor begins.
+struct init {
+    enum { NORMAL, UNIFORM, CONSTANT } kind;
+    float value;   // standard deviation; half width around 0; value
+
+    static init normal(float std) { return { NORMAL, std }; }
+    static init uniform(float half_width) { return { UNIFORM, half_width }; }
+    static init ones() { return { CONSTANT, 1 }; }
+    static init zeros() { return { CONSTANT, 0 }; }
+};
+
 struct param {
-    std::string   name;          // as in the GGUF: blk.0.attn_q.weight
-    float         init_std;      // normal(0, init_std); 0: ones (norm gains)
-    bool          decay;         // decoupled weight decay: matrices yes, norms and biases no
-    ggml_tensor * w = nullptr;   // weight
-    ggml_tensor * g = nullptr;   // gradient, summed over the micro-batches of a step
-    ggml_tensor * m = nullptr;   // first moment
-    ggml_tensor * v = nullptr;   // second moment
+    std::string   name;   // as in the GGUF: blk.0.attn_q.weight
+    init          start;
+    bool          decay     = true;      // decoupled weight decay: matrices yes, norms and biases no
+    bool          embedding = false;     // of the learning-rate group of the embeddings
+    bool          frozen    = false;     // no gradient, no moments, no update
+    ggml_tensor * w         = nullptr;   // weight
+    ggml_tensor * g         = nullptr;   // gradient, summed over the micro-batches of a step
+    ggml_tensor * m         = nullptr;   // first moment
+    ggml_tensor * v         = nullptr;   // second moment
 };
 
 struct weights {
@@ -31,20 +46,30 @@ struct weights {
     weights(const weights &)             = delete;
     weights & operator=(const weights &) = delete;
 
-    ggml_tensor * add(const std::string & name, int64_t ne0, int64_t ne1, float init_std);   // ne1 = 0: a vector
+    void          add_matrix(const std::string & name, int64_t ne0, int64_t ne1, init start);
+    void          add_vector(const std::string & name, int64_t ne0, init start);
     tensor_lookup lookup() const;
 
+    // Freezes every tensor whose name fits one of the comma-separated patterns (* and ?). Before alloc().
+    // Throws toy::error (bad_config): a pattern that fits no tensor, or nothing left to train.
+    void freeze(const std::string & patterns);
+
     void alloc(ggml_backend_t backend);   // memory is reserved, not touched: a dry run costs nothing
-    void init(uint64_t seed);             // each tensor from its own random stream; moments to zero
+    void start(uint64_t seed);            // each tensor from its own random stream; moments to zero
     void zero_gradients();
 
-    int64_t  n_params() const;
-    size_t   bytes_weights() const, bytes_gradients() const, bytes_moments() const;
-    uint64_t names_hash() const;   // the trainable set: names and shapes
+    int64_t n_params(bool with_frozen) const;
+    size_t  bytes_weights() const, bytes_gradients() const, bytes_moments() const;
 
   private:
     ggml_context *        ctx[3];   // weights, gradients, moments
     ggml_backend_buffer_t buf[3] = {};
+
+    void add(const std::string & name, ggml_tensor * w, init start);
 };
+
+// Copies tensors of a GGUF, dequantised to f32, into those of the same name; `wanted` picks the names.
+// Throws toy::error (bad_file) naming a tensor that is missing there or of another shape.
+void copy_from_gguf(weights & w, const gguf_file & donor, const std::function<bool(const std::string &)> & wanted);
 
 }   // namespace toy

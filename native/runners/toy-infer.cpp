@@ -1,10 +1,13 @@
-// libexec/toy-infer: decodes from a llama GGUF on the cpu. Token ids in (a file), one `token ID` line out for each one drawn.
+// libexec/toy-infer: decodes from a llama, qwen2 or gpt2 GGUF on the cpu. Token ids in (a file), one `token ID` line out for each one drawn.
+// With a vit: images in, one `image I CLASS:P …` line out for each.
 #include "decode/decoder.h"
+#include "decode/scorer.h"
 #include "engine/corpus.h"
 #include "engine/error.h"
 #include "engine/events.h"
 
 #include <algorithm>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +29,21 @@ static std::vector<int32_t> parse_ids(const std::string & list) {
     return ids;
 }
 
+static int classify() {
+    toy::image_file images(env("IMG_DIR", ""));
+    toy::scorer     model(env("GGUF", ""), "", atoi(env("THREADS", "0").c_str()));
+    for (int64_t i = 0; i < images.n_images && !g_stop; i++) {
+        printf("image %lld", (long long) i);
+        for (const toy::candidate & c : toy::top_logprobs(model.classify(images, i, i + 1)[0].logits, atoi(env("TOP_K", "5").c_str()))) {
+            printf(" %d:%s", c.id, toy::shortest((float) std::exp(c.logprob)).c_str());
+        }
+        if (printf("\n") < 0 || fflush(stdout) != 0) {
+            return toy::EXIT_FAILED;
+        }
+    }
+    return g_stop ? toy::EXIT_INTERRUPTED : toy::EXIT_DONE;
+}
+
 static int infer() {
     const double               t0 = toy::monotonic_time();
     const toy::token_file      prompt(env("PROMPT_TOKENS", ""));
@@ -40,14 +58,15 @@ static int infer() {
     };
     // no more cache than this answer can fill: a model's own context may be far larger
     const toy::gguf_file meta(env("GGUF", ""));
-    const int64_t        limit = n_ctx > 0 ? n_ctx : toy::llama_hparams::from_gguf(meta).n_ctx;
+    const toy::hparams   hp    = toy::hparams::from_gguf(meta);
+    const int64_t        limit = n_ctx > 0 ? n_ctx : hp.n_ctx;
     const int            slots = (int) std::min<int64_t>(limit, (int64_t) prompt.n + std::max(n_predict, 1));
     if ((int64_t) prompt.n > limit) {
         throw toy::error("bad_flag", toy::EXIT_BAD_INPUT,
                          toy::format("the prompt has %zu tokens, the context holds %lld", prompt.n, (long long) limit),
                          "shorten the prompt or raise --context");
     }
-    toy::decoder dec(meta.path, slots, n_threads > 0 ? n_threads : toy::usable_cores());
+    toy::decoder dec(meta.path, slots, n_threads > 0 ? n_threads : toy::usable_cores(), env("ADAPTER", ""));
     for (size_t i = 0; i < prompt.n; i++) {
         if (prompt.tokens[i] < 0 || prompt.tokens[i] >= dec.hp.n_vocab) {
             throw toy::error("bad_flag", toy::EXIT_BAD_INPUT,
@@ -91,7 +110,7 @@ int main() {
     sigaction(SIGTERM, &sa, nullptr);
     signal(SIGPIPE, SIG_IGN);
     try {
-        return infer();
+        return env("IMG_DIR", "").empty() ? infer() : classify();
     } catch (const toy::error & e) {
         fprintf(stderr, "error: %s\nhint: %s\n", e.what(), e.hint.c_str());
         return e.exit_code;

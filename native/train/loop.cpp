@@ -7,6 +7,7 @@
 #include "engine/files.h"
 #include "session.h"
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
@@ -22,7 +23,7 @@ static void on_stop_signal(int) {
 }
 
 struct run_env {
-    std::string run_dir, run_id, recipe, corpus, val_corpus, tokenizer;
+    std::string run_dir, run_id, recipe, tokenizer, datasets;
     config      cfg;
 };
 
@@ -31,6 +32,7 @@ struct run_summary {
     const char * reason            = "failed";
     float        loss              = NAN;
     double       val_loss          = NAN;
+    double       accuracy          = NAN;
     double       tokens_per_second = NAN;
     double       started           = monotonic_time();
     int64_t      step              = 0;
@@ -51,20 +53,27 @@ static std::string opt_env(const char * key) {
     return v ? v : "";
 }
 
-static run_env read_env() {
+static run_env read_env(const std::string & arch, const std::vector<std::string> & recipes) {
     run_env env;
-    env.run_dir    = need_env("TOY_RUN_DIR");
-    env.run_id     = need_env("TOY_RUN_ID");
-    env.recipe     = need_env("RECIPE");
-    env.corpus     = need_env("CORPUS");
-    env.tokenizer  = need_env("TOKENIZER");
-    env.val_corpus = opt_env("VAL_CORPUS");
-    env.cfg        = config::load(need_env("TOY_CONFIG"));
-    if (atoll(need_env("STEPS").c_str()) != env.cfg.train.steps || atoll(need_env("SEED").c_str()) != env.cfg.run.seed) {
-        throw error("bad_config", EXIT_BAD_INPUT, "STEPS or SEED differ from config.kv", "runners are started by `toy train`");
+    env.run_dir   = need_env("TOY_RUN_DIR");
+    env.run_id    = need_env("TOY_RUN_ID");
+    env.recipe    = need_env("RECIPE");
+    env.tokenizer = opt_env("TOKENIZER");
+    env.datasets  = opt_env("DATASETS");
+    env.cfg       = config::load(need_env("TOY_CONFIG"));
+    if (atoll(need_env("STEPS").c_str()) != env.cfg.train.steps || atoll(need_env("SEED").c_str()) != env.cfg.run.seed ||
+        env.cfg.run.recipe != env.recipe) {
+        throw error("bad_config", EXIT_BAD_INPUT, "STEPS, SEED or RECIPE differ from config.kv", "runners are started by `toy train`");
     }
-    if (env.recipe != "from-scratch" || env.cfg.run.recipe != env.recipe) {
-        throw error("not_available", EXIT_BAD_INPUT, format("this runner does not train recipe %s", env.recipe.c_str()), "use --recipe from-scratch");
+    if (std::find(recipes.begin(), recipes.end(), env.recipe) == recipes.end() || env.cfg.run.arch != arch) {
+        throw error("not_available", EXIT_BAD_INPUT,
+                    format("this runner does not train recipe %s with %s", env.recipe.c_str(), env.cfg.run.arch.c_str()),
+                    "runners are started by `toy train`");
+    }
+    // where each part of the recipe must be given
+    need_env(env.recipe == "vit-tiny" ? "IMG_DIR" : "CORPUS");
+    if (env.recipe == "lora" || (env.recipe == "warm-start" && env.cfg.model.init != "scratch")) {
+        need_env("GGUF");
     }
     return env;
 }
@@ -77,47 +86,61 @@ static std::string memory_json(const memory_plan & m) {
         .num("compute", m.compute)
         .num("inputs", m.inputs)
         .num("work", m.work)
+        .num("base", m.base)
         .num("corpus", m.corpus)
         .num("runtime", m.runtime)
         .num("total", m.total())
         .done();
 }
 
-static void write_gguf(const run_env & env, const session & s, const std::string & path) {
-    gguf_writer     out;
-    const gguf_file tokenizer(env.tokenizer);
-    out.copy_metadata(tokenizer);
-    s.model.write_metadata(s.cfg, out);
+// The model, or the adapter alone. Returns its path.
+static std::string write_gguf(const run_env & env, const session & s) {
+    gguf_writer out;
+    if (!env.tokenizer.empty() && !s.base) {
+        const gguf_file tokenizer(env.tokenizer);
+        out.copy_metadata(tokenizer);
+    }
+    s.base ? write_lora_metadata(s.cfg, s.hp, out) : s.model.write_metadata(s.hp, out);
     out.set_str("general.name", env.cfg.run.name.empty() ? env.run_id : env.cfg.run.name);
     out.set_u32("general.file_type", 0);   // all F32
     out.set_str("toy.run_id", env.run_id);
     out.set_u64("toy.step", s.steps_done);
+    if (s.base) {
+        const size_t at = env.datasets.find("base=");
+        out.set_str("toy.lora.base_sha256", at == std::string::npos ? "" : env.datasets.substr(at + 5, env.datasets.find(',', at) - at - 5));
+    }
     for (const param & p : s.w.params) {
         out.add_tensor(p.w, p.name);
     }
+    const std::string path = env.run_dir + (s.base ? "/weights/adapter.gguf" : "/weights/model.gguf");
     make_dir(env.run_dir + "/weights");
     out.write(path);
+    return path;
 }
 
 static void write_run_start(events_writer & events, const run_env & env, const session & s) {
     events.write(events.begin("run_start")
                      .str("run_id", env.run_id)
                      .str("recipe", env.recipe)
-                     .str("arch", s.model.name)
+                     .str("arch", s.hp.arch)
                      .str("device", env.cfg.run.device)
                      .num("steps", env.cfg.train.steps)
                      .num("seed", env.cfg.run.seed)
-                     .num("parameters", s.w.n_params())
+                     .num("parameters", s.w.n_params(false))
+                     .num("total_parameters", s.total_params())
+                     .str("items", s.is_vision() ? "images" : "tokens")
                      .num("tokens_per_step", s.tokens_per_step())
-                     .num("train_tokens", s.train_tokens())
-                     .num("val_tokens", s.val_tokens())
+                     .num("train_sequences", s.n_train())
+                     .num("val_sequences", s.n_val())
+                     .num("train_tokens", s.train_tokens)
+                     .num("val_tokens", s.val_tokens)
                      .num("threads", env.cfg.run.threads)
                      .raw("memory", memory_json(s.memory(s.corpus_bytes()))));
 }
 
 static void write_run_end(events_writer & events, const run_summary & sum, const error * err) {
     json_object e = events.begin("run_end");
-    e.str("reason", sum.reason).num("step", sum.step).num("final_loss", sum.loss).num("val_loss", sum.val_loss);
+    e.str("reason", sum.reason).num("step", sum.step).num("final_loss", sum.loss).num("val_loss", sum.val_loss).num("accuracy", sum.accuracy);
     sum.state.best_step > 0 ? e.num("best_val_loss", sum.state.best_val_loss).num("best_step", sum.state.best_step)
                             : e.null("best_val_loss").null("best_step");
     e.num("tokens_per_second", sum.tokens_per_second).num("seconds", monotonic_time() - sum.started).num("peak_rss_bytes", peak_resident_bytes());
@@ -142,9 +165,8 @@ static bool is_due(int every, int64_t step) {
 
 // The loop itself: every optimizer step of the run, in order, and what is due after it.
 static void train(const run_env & env, session & s, events_writer & events, run_summary & sum) {
-    const config &    cfg       = env.cfg;
-    checkpoints       saved     = { env.run_dir + "/checkpoints" };
-    const std::string gguf_path = env.run_dir + "/weights/model.gguf";
+    const config & cfg   = env.cfg;
+    checkpoints    saved = { env.run_dir + "/checkpoints", env.datasets };
     make_dir(saved.dir);
 
     const auto save_checkpoint = [&]() {
@@ -152,21 +174,28 @@ static void train(const run_env & env, session & s, events_writer & events, run_
         sum.state.data = s.reader->tell();
         sum.checkpoint = saved.save(cfg, s.w, sum.state);
         events.write(events.begin("checkpoint").num("step", s.steps_done).str("path", sum.checkpoint));
-        saved.prune(cfg.checkpoint.keep, cfg.checkpoint.keep_best ? sum.state.best_step : 0);
+        saved.prune(cfg, sum.state.best_step);
     };
     const auto evaluate = [&]() {
         const eval_result e = s.evaluate();
-        if (e.n_tokens == 0) {
+        if (e.n_labels == 0) {
             return;
         }
         sum.val_loss               = e.loss;
+        sum.accuracy               = e.accuracy;
         const bool best            = e.loss < sum.state.best_val_loss;
         sum.state.evals_since_best = best ? 0 : sum.state.evals_since_best + 1;
+        sum.state.last_eval_step   = s.steps_done;
         if (best) {
             sum.state.best_val_loss = e.loss;
             sum.state.best_step     = s.steps_done;
         }
-        events.write(events.begin("eval").num("step", s.steps_done).num("val_loss", e.loss).num("tokens", e.n_tokens).flag("best", best));
+        events.write(events.begin("eval")
+                         .num("step", s.steps_done)
+                         .num("val_loss", e.loss)
+                         .num("accuracy", e.accuracy)
+                         .num("tokens", e.n_labels)
+                         .flag("best", best));
         if (best && cfg.checkpoint.keep_best) {
             if (!saved.has(s.steps_done)) {
                 save_checkpoint();
@@ -174,22 +203,29 @@ static void train(const run_env & env, session & s, events_writer & events, run_
             saved.mark_best(s.steps_done);
         }
     };
+    const auto out_of_patience = [&]() { return cfg.eval.patience > 0 && sum.state.evals_since_best >= cfg.eval.patience; };
+    const auto eval_due        = [&]() { return is_due(cfg.eval.every, s.steps_done) || s.steps_done >= cfg.train.steps; };
+    const auto out_of_time     = [&]() { return cfg.run.stop_after > 0 && monotonic_time() - sum.started >= cfg.run.stop_after; };
 
     double        busy  = 0;   // seconds inside steps: evaluations and saves do not count as training speed
+    int64_t       seen  = 0;   // tokens
     const int64_t first = s.steps_done;
-    bool          done = false, early_stop = false;
-    while (!done) {
+    if (first > 0 && eval_due() && sum.state.last_eval_step < first) {
+        evaluate();   // the checkpoint was written before the evaluation of its step
+    }
+    bool early_stop = first > 0 && out_of_patience(), timed_out = false;
+    while (s.steps_done < cfg.train.steps && !early_stop && !g_stop && !timed_out) {
         const double      t0 = monotonic_time();
         const step_result r  = s.step();
         const double      dt = monotonic_time() - t0;
         busy += dt;
+        seen += r.n_tokens;
 
         if (!r.bad_tensor.empty()) {
             sum.reason     = "non_finite";
             sum.bad_tensor = r.bad_tensor;
             save_checkpoint();
-            write_gguf(env, s, gguf_path);
-            sum.gguf = gguf_path;
+            sum.gguf = write_gguf(env, s);
             throw error("non_finite", EXIT_FAILED,
                         format("step %lld: the %s is not finite; first bad tensor: %s", (long long) s.steps_done + 1,
                                std::isfinite(r.loss) ? "gradient" : "loss", r.bad_tensor.c_str()),
@@ -198,54 +234,58 @@ static void train(const run_env & env, session & s, events_writer & events, run_
 
         sum.step              = s.steps_done;
         sum.loss              = r.loss;
-        sum.tokens_per_second = (double) (s.steps_done - first) * s.tokens_per_step() / busy;
+        sum.tokens_per_second = (double) seen / busy;
         if (printf("step %lld: loss=%s\n", (long long) s.steps_done, shortest(r.loss).c_str()) < 0 || fflush(stdout) != 0) {
             throw error("runner_failed", EXIT_FAILED, "cannot write step lines to stdout", "the reader of this run has gone away");
         }
-        done = s.steps_done >= cfg.train.steps;
-        if (is_due(cfg.log.every, s.steps_done) || done) {
+        const bool last = s.steps_done >= cfg.train.steps;
+        timed_out       = !last && out_of_time();
+        if (is_due(cfg.log.every, s.steps_done) || last) {
             events.write(events.begin("step")
                              .num("step", s.steps_done)
                              .num("loss", r.loss)
                              .num("learning_rate", r.learning_rate)
                              .num("grad_norm", r.grad_norm)
-                             .num("tokens_per_second", s.tokens_per_step() / dt)
+                             .num("tokens_per_second", (double) r.n_tokens / dt)
+                             .num("sequences_per_second", cfg.train.batch / dt)
                              .num("tokens", s.steps_done * s.tokens_per_step())
                              .num("epoch", (int64_t) s.reader->tell().epoch)
                              .num("rss_bytes", resident_bytes()));
         }
 
         // saving comes before evaluating, so that an evaluation that dies costs nothing
-        const bool eval_due = is_due(cfg.eval.every, s.steps_done) || done;
-        if (is_due(cfg.checkpoint.every, s.steps_done) || done || g_stop) {
+        const bool stopping = g_stop || timed_out;
+        if (is_due(cfg.checkpoint.every, s.steps_done) || is_due(cfg.checkpoint.keep_every, s.steps_done) || last || stopping) {
             save_checkpoint();
         }
-        if (eval_due && !g_stop) {
+        if (eval_due() && !stopping) {
             evaluate();
-            if (!done && cfg.eval.patience > 0 && sum.state.evals_since_best >= cfg.eval.patience) {
+            if (!last && out_of_patience()) {
                 save_checkpoint();
-                done = early_stop = true;
+                early_stop = true;
             }
         }
-        if (g_stop) {
-            break;
-        }
     }
-    saved.prune(cfg.checkpoint.keep, cfg.checkpoint.keep_best ? sum.state.best_step : 0);
-    write_gguf(env, s, gguf_path);
-    sum.gguf   = gguf_path;
-    sum.reason = early_stop ? "early_stop" : done ? "done" : "interrupted";
+    sum.step = s.steps_done;
+    if (g_stop && !saved.has(s.steps_done)) {
+        save_checkpoint();   // stopped before the first step
+    }
+    saved.prune(cfg, sum.state.best_step);
+    sum.gguf   = write_gguf(env, s);
+    sum.reason = s.steps_done >= cfg.train.steps ? "done" : early_stop ? "early_stop" : timed_out ? "stop_after" : "interrupted";
 }
 
-static int run(const run_env & env, const arch & model) {
+static int run(const run_env & env) {
     events_writer events(env.run_dir + "/events.jsonl");
     run_summary   sum;
     try {
-        session s(env.cfg, model);
-        s.set_data(env.corpus, env.val_corpus);
-        s.init_weights();
-        if (!env.cfg.checkpoint.resume.empty()) {
-            sum.state    = checkpoints::load(env.cfg.checkpoint.resume, env.cfg, s.w);
+        const inputs_lookup inputs = opt_env;
+        session             s(env.cfg, inputs);
+        s.set_data(inputs);
+        if (env.cfg.checkpoint.resume.empty()) {
+            s.start_weights(inputs);
+        } else {
+            sum.state    = checkpoints::load(env.cfg.checkpoint.resume, env.cfg, env.datasets, s.w);
             s.steps_done = sum.state.step;
             s.reader->seek(sum.state.data);
         }
@@ -260,17 +300,18 @@ static int run(const run_env & env, const arch & model) {
         throw e;
     }
     write_run_end(events, sum, nullptr);
-    return g_stop && std::string(sum.reason) == "interrupted" ? EXIT_INTERRUPTED : EXIT_DONE;
+    const std::string reason = sum.reason;
+    return reason == "interrupted" || reason == "stop_after" ? EXIT_INTERRUPTED : EXIT_DONE;
 }
 
-int train_main(const arch & model) {
+int train_main(const std::string & arch, const std::vector<std::string> & recipes) {
     struct sigaction sa = {};
     sa.sa_handler       = on_stop_signal;
     sigaction(SIGINT, &sa, nullptr);
     sigaction(SIGTERM, &sa, nullptr);
     signal(SIGPIPE, SIG_IGN);
     try {
-        return run(read_env(), model);
+        return run(read_env(arch, recipes));
     } catch (const error & e) {
         fprintf(stderr, "error: %s\nhint: %s\n", e.what(), e.hint.c_str());
         return e.exit_code;

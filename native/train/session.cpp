@@ -8,9 +8,27 @@
 
 namespace toy {
 
-session::session(const config & cfg_in, const arch & model) : cfg(cfg_in), model(model), be(cfg_in.run.device, cfg_in.run.threads) {
-    model.declare(cfg, w);
+static hparams shape_of(const config & cfg, const model_file * base) {
+    if (!base) {
+        return hparams::from_config(cfg);
+    }
+    hparams hp = hparams::from_gguf(base->file);
+    hp.n_ctx   = cfg.model.context;
+    if (&arch_of(hp.arch) != &ARCH_LLAMA) {
+        throw error("not_available", EXIT_BAD_INPUT, base->file.path + " is a " + hp.arch + " model", "adapters are trained over llama and qwen2");
+    }
+    return hp;
+}
+
+session::session(const config & cfg_in, const inputs_lookup & paths)
+    : cfg(cfg_in),
+      base(cfg.run.recipe == "lora" ? std::make_unique<model_file>(paths("GGUF")) : nullptr),
+      hp(shape_of(cfg, base.get())),
+      model(arch_of(hp.arch)),
+      be(cfg.run.device, cfg.run.threads) {
+    declare();
     w.alloc(be.handle);
+    build_inputs();
     build_step();
     opt = std::make_unique<adamw>(cfg, w, be);
 }
@@ -22,26 +40,66 @@ session::~session() {
     ggml_free(ctx_inputs);
 }
 
-void session::build_step() {
-    const int64_t T = cfg.model.context, n = (int64_t) cfg.train.micro_batch * T;
+void session::declare() {
+    if (base) {
+        declare_lora(cfg, hp, base->file, w);
+    } else {
+        model.declare(hp, cfg.model.init_std, w);
+    }
+    w.freeze(cfg.train.freeze);
+}
 
-    // inputs live outside the graph's buffer: positions and mask are written once and stay
+// Inputs live outside the graph's buffer: positions and mask are written once and stay.
+void session::build_inputs() {
+    const int64_t B = cfg.train.micro_batch, T = cfg.model.context;
     ctx_inputs = ggml_init({ /*mem_size =*/8 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
-    tokens     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, n);
-    labels     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, n);
-    positions  = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T);
-    mask       = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_F32, T, T);
+    if (is_vision()) {
+        in.patches = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_F32, hp.patch_dim(), hp.n_patches() * B);
+    } else {
+        in.tokens    = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T * B);
+        in.positions = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T);
+        in.mask      = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_F32, T, T);
+    }
+    labels     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, is_vision() ? B : T * B);
+    seeds      = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_I32, 2, B);
     scale      = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_F32, 1);
     loss_grad  = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_F32, 1);
     buf_inputs = ggml_backend_alloc_ctx_tensors(ctx_inputs, be.handle);
+    if (!buf_inputs) {
+        throw error("oom", EXIT_FAILED, "cannot allocate the inputs of the step", "lower train.micro_batch or model.context");
+    }
+    const float one = 1.0f;
+    ggml_backend_tensor_set(loss_grad, &one, 0, sizeof(one));
+    if (in.positions) {
+        std::vector<int32_t> pos(T);
+        std::vector<float>   causal(T * T);
+        for (int64_t i = 0; i < T; i++) {
+            pos[i] = (int32_t) i;
+            for (int64_t j = 0; j < T; j++) {
+                causal[i * T + j] = j <= i ? 0.0f : -INFINITY;
+            }
+        }
+        ggml_backend_tensor_set(in.positions, pos.data(), 0, ggml_nbytes(in.positions));
+        ggml_backend_tensor_set(in.mask, causal.data(), 0, ggml_nbytes(in.mask));
+    }
+}
 
+void session::build_step() {
     // forward and loss
-    const size_t graph_size = 64 * (w.params.size() + 16);
+    const size_t graph_size = 64 * w.params.size() + 512 * (hp.n_layer + 2);
     ctx_graph =
         ggml_init({ /*mem_size =*/graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, true), nullptr, /*no_alloc =*/true });
-    graph                = ggml_new_graph_custom(ctx_graph, graph_size, true);
-    ggml_tensor * logits = model.forward(ctx_graph, cfg, w.lookup(), tokens, positions, mask);
+    graph = ggml_new_graph_custom(ctx_graph, graph_size, true);
+    net n = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
+    if (base) {
+        lora = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), (float) (cfg.lora.alpha / cfg.lora.rank), (float) cfg.lora.dropout, seeds });
+        n.lora = lora.get();
+    }
+    logits = model.forward(n, in);
     ggml_set_name(logits, "logits");
+    if (is_vision()) {
+        ggml_set_output(logits);   // accuracy reads them
+    }
     loss = ggml_cross_entropy_sparse(ctx_graph, logits, labels, scale);
     ggml_set_name(loss, "loss");
     ggml_set_loss(loss);
@@ -65,60 +123,185 @@ void session::build_step() {
     ggml_build_backward_expand(ctx_graph, graph, grad_accs.data());
 
     galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
-    if (!buf_inputs || !ggml_gallocr_alloc_graph(galloc, graph)) {
+    if (!ggml_gallocr_alloc_graph(galloc, graph)) {
         throw error("oom", EXIT_FAILED, "cannot allocate the compute buffer of the step",
                     "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd; `--dry-run` says what is needed");
     }
-
-    std::vector<int32_t> pos(T);
-    std::vector<float>   causal(T * T);
-    for (int64_t i = 0; i < T; i++) {
-        pos[i] = (int32_t) i;
-        for (int64_t j = 0; j < T; j++) {
-            causal[i * T + j] = j <= i ? 0.0f : -INFINITY;
-        }
-    }
-    const float one = 1.0f;
-    ggml_backend_tensor_set(positions, pos.data(), 0, ggml_nbytes(positions));
-    ggml_backend_tensor_set(mask, causal.data(), 0, ggml_nbytes(mask));
-    ggml_backend_tensor_set(loss_grad, &one, 0, sizeof(one));
 }
 
-void session::set_data(const std::string & corpus_path, const std::string & val_path) {
-    const int T    = cfg.model.context;
-    corpus         = std::make_unique<token_file>(corpus_path);
-    size_t n_train = corpus->n;
-    if (val_path.empty()) {
-        const size_t n_val = (size_t) (cfg.data.val_fraction * (double) corpus->n);
-        n_train            = corpus->n - n_val;
-        val                = { corpus->tokens + n_train, n_val, T };
-    } else {
-        val_corpus = std::make_unique<token_file>(val_path);
-        val        = { val_corpus->tokens, val_corpus->n, T };
-    }
-    for (const token_file * f : { corpus.get(), val_corpus.get() }) {
-        if (f && f->max_token() >= cfg.model.vocab_size) {
+//
+// data
+//
+
+static error too_short(size_t n, const char * what, int T) {
+    return error("bad_file", EXIT_BAD_INPUT, format("the training part of the corpus has %zu %s, fewer than one sequence of %d", n, what, T),
+                 "give a longer corpus, a smaller model.context or a smaller data.val_fraction");
+}
+
+void session::set_data(const inputs_lookup & paths) {
+    is_vision() ? set_images(paths) : set_text(paths);
+    reader = std::make_unique<data_reader>(*train_set, cfg.run.seed, cfg.data.shuffle);
+}
+
+void session::set_text(const inputs_lookup & paths) {
+    const int  T    = cfg.model.context;
+    const auto open = [&](const std::string & path) {
+        auto file = std::make_unique<token_file>(path);
+        if (file->max_token() >= hp.n_vocab) {
             throw error("bad_file", EXIT_BAD_INPUT,
-                        format("%s holds token id %d, but model.vocab_size is %d", f->path.c_str(), f->max_token(), cfg.model.vocab_size),
+                        format("%s holds token id %d, but the vocabulary has %d", path.c_str(), file->max_token(), hp.n_vocab),
                         "raise model.vocab_size above the largest id, or pack the corpus with this model's tokenizer");
         }
+        files.push_back(std::move(file));
+        return (const token_file *) files.back().get();
+    };
+    const auto open_examples = [&](const token_file * tokens, const char * offsets_key, const char * mask_key) {
+        files.push_back(std::make_unique<data_file>(paths(offsets_key), "packed corpus"));
+        const data_file * offsets = files.back().get();
+        files.push_back(std::make_unique<data_file>(paths(mask_key), "packed corpus"));
+        const data_file * mask = files.back().get();
+        const size_t      n    = offsets->bytes / sizeof(int64_t);
+        const int64_t *   at   = (const int64_t *) offsets->data;
+        if (n < 2 || offsets->bytes % sizeof(int64_t) != 0 || at[0] != 0 || at[n - 1] != (int64_t) tokens->n || mask->bytes != tokens->n ||
+            !std::is_sorted(at, at + n)) {
+            throw error("bad_file", EXIT_BAD_INPUT, offsets->path + " does not fit its tokens and mask", "pack the corpus again");
+        }
+        return std::make_pair(at, (const uint8_t *) mask->data);
+    };
+
+    const token_file * corpus  = open(paths("CORPUS"));
+    const std::string  val     = paths("VAL_CORPUS");
+    const double       held    = val.empty() ? cfg.data.val_fraction : 0.0;   // the end of the corpus
+    const token_file * val_own = val.empty() ? nullptr : open(val);
+    if (paths("OFFSETS").empty()) {
+        val_tokens   = (size_t) (held * (double) corpus->n);
+        train_tokens = corpus->n - val_tokens;
+        if (train_tokens < (size_t) T + 1) {
+            throw too_short(train_tokens, "tokens", T + 1);
+        }
+        train_set = std::make_unique<window_set>(corpus->tokens, train_tokens, T, cfg.run.seed, cfg.data.shuffle, false);
+        val_set   = std::make_unique<window_set>(corpus->tokens + train_tokens, val_tokens, T, 0, false, true);
+    } else {
+        const auto   e       = open_examples(corpus, "OFFSETS", "MASK");
+        const size_t n       = files[files.size() - 2]->bytes / sizeof(int64_t) - 1;
+        const size_t n_train = n - (size_t) (held * (double) n);
+        train_set            = std::make_unique<example_set>(corpus->tokens, e.first, e.second, 0, n_train, T);
+        val_set              = std::make_unique<example_set>(corpus->tokens, e.first, e.second, n_train, n, T);
+        train_tokens         = e.first[n_train];
+        val_tokens           = corpus->n - train_tokens;
+        if (train_set->n_items(0) == 0) {
+            throw error("bad_file", EXIT_BAD_INPUT, format("no example has a token to learn within the context of %d", T), "raise model.context");
+        }
     }
-    reader = std::make_unique<window_reader>(corpus->tokens, n_train, T, cfg.run.seed, cfg.data.shuffle);
+    if (val_own && paths("VAL_OFFSETS").empty()) {
+        val_tokens = val_own->n;
+        val_set    = std::make_unique<window_set>(val_own->tokens, val_own->n, T, 0, false, true);
+    } else if (val_own) {
+        const auto e = open_examples(val_own, "VAL_OFFSETS", "VAL_MASK");
+        val_tokens   = val_own->n;
+        val_set      = std::make_unique<example_set>(val_own->tokens, e.first, e.second, 0, files[files.size() - 2]->bytes / sizeof(int64_t) - 1, T);
+    }
 }
 
-size_t session::train_tokens() const {
-    return reader ? reader->n : 0;
+void session::set_images(const inputs_lookup & paths) {
+    const auto open = [&](const std::string & folder) {
+        auto f = std::make_unique<image_file>(folder);
+        if ((int) f->width != hp.image_size || (int) f->height != hp.image_size || (int) f->n_channel != hp.n_channel ||
+            (int) f->n_class != hp.n_vocab) {
+            throw error("bad_file", EXIT_BAD_INPUT,
+                        format("%s holds %u x %u images with %u channels in %u classes; the model takes %d x %d, %d, %d", f->file.path.c_str(),
+                               f->width, f->height, f->n_channel, f->n_class, hp.image_size, hp.image_size, hp.n_channel, hp.n_vocab),
+                        "pack the images in the model's shape");
+        }
+        return f;
+    };
+    images                    = open(paths("IMG_DIR"));
+    const std::string val     = paths("VAL_IMG_DIR");
+    const size_t      n       = images->n_images;
+    const size_t      n_train = n - (val.empty() ? (size_t) (cfg.data.val_fraction * (double) n) : 0);
+    if (n_train == 0) {
+        throw too_short(n, "images", 1);
+    }
+    train_set = std::make_unique<image_set>(*images, 0, n_train, hp.patch_size, cfg.run.seed, cfg.data.augment_crop, cfg.data.augment_flip);
+    if (val.empty()) {
+        val_set = std::make_unique<image_set>(*images, n_train, n, hp.patch_size, 0, 0, false);
+    } else {
+        val_images       = open(val);
+        val_images->mean = images->mean;   // seen through the same normalisation as the training images
+        val_images->std  = images->std;
+        val_set          = std::make_unique<image_set>(*val_images, 0, val_images->n_images, hp.patch_size, 0, 0, false);
+    }
 }
-size_t session::val_tokens() const {
-    return val.n;
+
+int64_t session::total_params() const {
+    int64_t n = w.n_params(true);
+    for (ggml_tensor * t = base ? ggml_get_first_tensor(base->file.ctx) : nullptr; t; t = ggml_get_next_tensor(base->file.ctx, t)) {
+        n += ggml_nelements(t);
+    }
+    return n;
 }
+
 size_t session::corpus_bytes() const {
-    return ((corpus ? corpus->n : 0) + (val_corpus ? val_corpus->n : 0)) * sizeof(int32_t);
+    size_t n = (images ? images->file.bytes : 0) + (val_images ? val_images->file.bytes : 0);
+    for (const auto & f : files) {
+        n += f->bytes;
+    }
+    return n;
 }
+
+//
+// initial weights
+//
+
+static void require_same(const gguf_file & donor, const char * what, double theirs, double ours) {
+    if (theirs != ours) {
+        throw error("bad_config", EXIT_BAD_INPUT, format("%s has %s = %.9g, and this model has %.9g", donor.path.c_str(), what, theirs, ours),
+                    "leave the model's shape to the donor, or choose --init embeddings or scratch");
+    }
+}
+
+void session::start_weights(const inputs_lookup & paths) {
+    w.start(cfg.run.seed);
+    if (cfg.run.recipe != "warm-start" || cfg.model.init == "scratch") {
+        return;
+    }
+    const gguf_file donor(paths("GGUF"));
+    if (cfg.model.init == "embeddings") {
+        copy_from_gguf(w, donor, [&](const std::string & name) {
+            return name == "token_embd.weight" || (name == "output.weight" && donor.tensor("output.weight"));
+        });
+        return;
+    }
+    const hparams theirs = hparams::from_gguf(donor);
+    if (theirs.arch != hp.arch || donor.tensor("rope_freqs.weight") || donor.tensor("blk.0.attn_q.bias")) {
+        throw error("not_available", EXIT_BAD_INPUT,
+                    donor.path + (theirs.arch != hp.arch ? " is a " + theirs.arch + " model, and this run trains a " + hp.arch
+                                                         : std::string(" has scaled rotary positions or attention biases")),
+                    "choose another donor, --arch " + theirs.arch + ", or the recipe lora");
+    }
+    require_same(donor, "n_layer", theirs.n_layer, hp.n_layer);
+    require_same(donor, "n_head", theirs.n_head, hp.n_head);
+    require_same(donor, "n_head_kv", theirs.n_head_kv, hp.n_head_kv);
+    require_same(donor, "head width", theirs.head_dim, hp.head_dim);
+    require_same(donor, "rotated width", theirs.n_rot, hp.n_rot);
+    require_same(donor, "rope_freq_base", theirs.rope_freq_base, hp.rope_freq_base);
+    require_same(donor, "norm_eps", theirs.norm_eps, hp.norm_eps);
+    require_same(donor, "tie_embeddings", theirs.tied, hp.tied);
+    copy_from_gguf(w, donor, [](const std::string &) { return true; });
+}
+
+//
+// steps
+//
 
 float session::run(ggml_cgraph * g, const batch & b, float loss_scale) {
-    ggml_backend_tensor_set(tokens, b.tokens.data(), 0, ggml_nbytes(tokens));
+    if (in.patches) {
+        ggml_backend_tensor_set(in.patches, b.patches.data(), 0, ggml_nbytes(in.patches));
+    } else {
+        ggml_backend_tensor_set(in.tokens, b.tokens.data(), 0, ggml_nbytes(in.tokens));
+    }
     ggml_backend_tensor_set(labels, b.labels.data(), 0, ggml_nbytes(labels));
+    ggml_backend_tensor_set(seeds, b.seeds.data(), 0, ggml_nbytes(seeds));
     ggml_backend_tensor_set(scale, &loss_scale, 0, sizeof(loss_scale));
     be.compute(g);
     float value;
@@ -127,15 +310,17 @@ float session::run(ggml_cgraph * g, const batch & b, float loss_scale) {
 }
 
 float session::loss_and_gradients() {
-    const auto &               t        = cfg.train;
-    const int                  n_rounds = t.batch / t.micro_batch;
-    const window_reader::state start    = reader->tell();
+    const auto &             t        = cfg.train;
+    const int                n_rounds = t.batch / t.micro_batch;
+    const data_reader::state start    = reader->tell();
 
-    // the step's unmasked tokens are counted first: every round is scaled by the same number
+    // the step's unmasked labels are counted first: every round is scaled by the same number
     int64_t n_labels = 0;
+    step_tokens      = 0;
     for (int i = 0; i < n_rounds; i++) {
         reader->next(t.micro_batch, last_batch);
         n_labels += last_batch.n_labels;
+        step_tokens += last_batch.n_tokens;
     }
     if (n_rounds > 1) {
         reader->seek(start);
@@ -157,9 +342,10 @@ float session::loss_and_gradients() {
 }
 
 step_result session::step() {
-    const window_reader::state start = reader->tell();
-    step_result                r;
+    const data_reader::state start = reader->tell();
+    step_result              r;
     r.loss            = loss_and_gradients();
+    r.n_tokens        = step_tokens;
     r.learning_rate   = learning_rate(cfg, (int) steps_done + 1);
     r.grad_norm       = NAN;
     const param * bad = nullptr;
@@ -226,26 +412,42 @@ std::string session::find_bad_tensor() {
     return "";
 }
 
-eval_result session::evaluate() {
-    const int64_t n_windows = val.n_windows();
-    const int     n_seq     = cfg.train.micro_batch;
-    int64_t       want      = cfg.eval.batches > 0 ? (int64_t) cfg.eval.batches * n_seq : n_windows;
-    want                    = std::min(want, n_windows);
-    if (want == 0) {
-        return { NAN, 0 };
+// Labels that are the likeliest class; of equals the first.
+int64_t session::count_hits(const batch & b) const {
+    std::vector<float> l(ggml_nelements(logits));
+    ggml_backend_tensor_get(logits, l.data(), 0, ggml_nbytes(logits));
+    int64_t hits = 0;
+    for (size_t i = 0; i < b.labels.size(); i++) {
+        const auto row = l.begin() + i * hp.n_vocab;
+        hits += b.labels[i] >= 0 && std::max_element(row, row + hp.n_vocab) - row == b.labels[i];
     }
-    // fewer windows than there are: spread evenly, the same ones each time
-    const int64_t stride = n_windows / want, end = stride * (want - 1) + 1;
+    return hits;
+}
+
+eval_result session::evaluate() {
+    const int64_t n_items = n_val();
+    const int     n_seq   = cfg.train.micro_batch;
+    int64_t       want    = cfg.eval.batches > 0 ? (int64_t) cfg.eval.batches * n_seq : n_items;
+    want                  = std::min(want, n_items);
+    if (want == 0) {
+        return { NAN, NAN, 0 };
+    }
+    // fewer than there are: spread evenly, the same ones each time
+    const int64_t stride = n_items / want, end = stride * (want - 1) + 1;
     ggml_cgraph   forward = ggml_graph_view(graph, 0, n_forward);
     double        sum     = 0;
-    int64_t       n       = 0;
+    int64_t       n = 0, hits = 0;
     batch         b;
     for (int64_t first = 0; first < end; first += stride * n_seq) {
-        val.read(first, stride, end, n_seq, b);
+        read_in_order(*val_set, first, stride, end, n_seq, b);
+        if (b.n_labels == 0) {
+            continue;
+        }
         sum += (double) run(&forward, b, 1.0f / (float) b.n_labels) * (double) b.n_labels;
         n += b.n_labels;
+        hits += is_vision() ? count_hits(b) : 0;
     }
-    return { sum / (double) n, n };
+    return { sum / (double) n, is_vision() ? (double) hits / (double) n : NAN, n };
 }
 
 memory_plan session::memory(size_t corpus_bytes) const {
@@ -256,6 +458,7 @@ memory_plan session::memory(size_t corpus_bytes) const {
     m.compute   = ggml_gallocr_get_buffer_size(galloc, 0);
     m.inputs    = ggml_backend_buffer_get_size(buf_inputs) + opt->bytes();
     m.work      = be.work_bytes(graph);
+    m.base      = base ? base->file.file_size : 0;
     m.corpus    = corpus_bytes;
     m.runtime   = ggml_used_mem(ctx_graph) + 6500 * 1000;
     return m;

@@ -46,9 +46,14 @@ ROWS = {
     "recipe": row("train from-scrach", "bad_flag", "from-scrach", "from-scratch"),
     "recipe-flag": row("train --recipe lorra", "bad_flag", "lorra", "lora"),
     "two-recipes": row("train from-scratch --recipe lora", "bad_flag", "lora"),
-    "recipe-not-yet": row("train lora --corpus {excerpt}", "not_available", "lora"),
     "arch": row("train --arch lama", "bad_flag", "lama", "llama"),
-    "arch-not-yet": row("train --arch gpt2", "not_available", "gpt2"),
+    "lora-of-a-vit": row("train lora --arch vit --model good.gguf", "not_available", "vit has others", "vit-tiny"),
+    "lora-of-a-gpt2": row(
+        "train lora --arch gpt2 --model gpt2.gguf", "not_available", "one for all three", "warm-start"
+    ),
+    "vit-tiny-of-a-llama": row("train vit-tiny --arch llama --images pictures", "not_available", "images", "--arch"),
+    "from-scratch-of-a-vit": row("train --arch vit", "not_available", "images", "vit-tiny"),
+    "warm-start-of-a-vit": row("train warm-start --arch vit --model vit.gguf", "not_available", "images", "vit-tiny"),
     "device": row("train --device gpu", "bad_flag", "gpu", "cpu"),
     "device-in-a-file": row("train --config device.yml", "bad_config", "cpuu", "cpu"),
     "command": row("trian", "bad_flag", "trian", "train"),
@@ -57,7 +62,116 @@ ROWS = {
     "flag-of-warm-start": row("train --init model.gguf", "bad_flag", "--init", "warm-start"),
     "flag-of-two-recipes": row("train --model model.gguf", "bad_flag", "--model"),
     "flag-of-vit": row("train --images photos", "bad_flag", "--images", "vit-tiny"),
+    "flag-of-another-recipe": row(
+        "train vit-tiny --images pictures --corpus {excerpt}", "bad_flag", "--corpus", "leave"
+    ),
+    "knob-of-another-recipe": row("train --set lora.rank=4", "bad_config", "lora.rank", "--recipe lora"),
+    "knob-of-another-architecture": row(
+        "train --arch gpt2 --set model.rope_freq_base=500", "bad_config", "model.rope_freq_base", "--arch llama"
+    ),
+    "preset-of-another-recipe": row("train lora --model good.gguf --preset vit-mnist", "bad_flag", "vit-mnist"),
+    "duration": row("train --stop-after soon", "bad_config", "soon", "1h30m"),
     "preset": row("train --preset tinny", "bad_flag", "tinny", "tiny"),
+    # bases and donors
+    "lora-without-a-base": row("train lora --corpus {excerpt}", "bad_flag", "needs a base", "--model"),
+    "warm-start-without-a-donor": row("train warm-start", "bad_flag", "needs a donor", "--init scratch"),
+    "embeddings-without-a-donor": row("train warm-start --init embeddings", "bad_flag", "needs a donor", "--model"),
+    "init": row("train warm-start --init donr --model good.gguf", "bad_config", "donr", "donor"),
+    "base-missing": row("train lora --model nowhere.gguf", "missing_file", "nowhere.gguf"),
+    "base-truncated": row("train lora --model truncated.gguf", "bad_file", "truncated.gguf"),
+    "base-not-a-gguf": row("train lora --model not.gguf", "bad_file", "not.gguf"),
+    "base-unreadable": row("train lora --model secret.gguf", "bad_file", "secret.gguf"),
+    "base-without-weights": row("train lora --model vocabulary.gguf", "bad_file", "no weights"),
+    "base-without-a-tokenizer": row("train lora --model mute.gguf", "bad_file", "no tokenizer"),
+    "base-is-a-gpt2": row("train lora --model gpt2.gguf", "not_available", "'gpt2'", "warm-start takes this one"),
+    "base-is-a-vit": row("train lora --model vit.gguf", "not_available", "'vit'", "qwen2"),
+    "base-is-a-mamba": row("train lora --model mamba.gguf", "not_available", "'mamba'", "llama"),
+    "base-is-an-adapter": row("train lora --model adapter.gguf", "bad_file", "an adapter", "toy merge"),
+    "base-is-a-lora-run": row("train lora --model lora-run", "bad_file", "an adapter", "toy merge"),
+    "base-of-another-shape": row("train lora --model shape.gguf", "bad_file", "64 x 200"),
+    "base-without-its-shape": row("train lora --model shapeless.gguf", "bad_file", "llama.feed_forward_length"),
+    "base-keeps-its-shape": row(
+        "train lora --model good.gguf --set model.n_layer=5",
+        "bad_config",
+        "model.n_layer = 5",
+        "leave model.n_layer out",
+    ),
+    "donor-is-an-adapter": row("train warm-start --model adapter.gguf", "bad_file", "an adapter"),
+    "donor-is-a-vit": row("train warm-start --model vit.gguf", "not_available", "'vit'", "gpt2, llama"),
+    "donor-of-another-architecture": row(
+        "train warm-start --arch gpt2 --model good.gguf", "bad_config", "run.arch is gpt2", "leave --arch out"
+    ),
+    "donor-with-another-vocabulary": row(
+        "train warm-start --model good.gguf --corpus chars.packed", "bad_file", "another vocabulary", "the text itself"
+    ),
+    "base-with-another-vocabulary": row(
+        "train lora --model good.gguf --corpus chars.packed", "bad_file", "another vocabulary", "the text itself"
+    ),
+    "donor-with-less-vocabulary": row("train warm-start --model good.gguf --corpus ids.bin", "bad_config", "4999"),
+    "donor-and-a-tokenizer": row(
+        "train warm-start --model good.gguf --set data.tokenizer=chars", "bad_config", "data.tokenizer", "leave"
+    ),
+    "context-beyond-a-gpt2": row(
+        "train warm-start --model gpt2.gguf --corpus {excerpt} --set model.context=65", "bad_config", "donor's, 64"
+    ),
+    # adapters
+    "rank-none": row("train lora --model good.gguf --rank 0", "bad_config", "lora.rank = 0"),
+    "rank-above-the-width": row("train lora --model good.gguf --rank 65", "bad_config", "lora.rank = 65", "4 to 64"),
+    "rank-of-letters": row("train lora --model good.gguf --rank many", "bad_flag", "--rank"),
+    "target": row("train lora --model good.gguf --set lora.targets=atn_q", "bad_config", "atn_q", "attn_q"),
+    "targets-none": row("train lora --model good.gguf --set lora.targets=", "bad_config", "lora.targets is empty"),
+    "dropout": row("train lora --model good.gguf --set lora.dropout=1", "bad_config", "lora.dropout"),
+    "adapter-for-another-base": row(
+        "infer other.gguf --adapter adapter.gguf --prompt a", "bad_file", "another base", "trained on"
+    ),
+    "adapter-for-another-architecture": row(
+        "infer gpt2.gguf --adapter adapter.gguf --prompt a", "bad_file", "is a gpt2", "trained on"
+    ),
+    "adapter-that-is-a-model": row("infer good.gguf --adapter good.gguf --prompt a", "bad_file", "not an adapter"),
+    "merge-into-another-base": row("merge other.gguf adapter.gguf out.gguf", "bad_file", "other.gguf", "--other-base"),
+    # frozen tensors
+    "freeze-nothing": row("train --set train.freeze=blk.77.*", "bad_config", "blk.77.*"),
+    "freeze-everything": row("train --set train.freeze=*", "bad_config", "nothing to train"),
+    "freeze-an-adapter": row("train lora --model good.gguf --set train.freeze=*norm*", "bad_config", "train.freeze"),
+    # examples
+    "examples-not-json": row("train lora --model good.gguf --corpus broken.jsonl", "bad_file", "broken.jsonl:2"),
+    "examples-without-a-role": row("train lora --model good.gguf --corpus role.jsonl", "bad_file", "role.jsonl:1"),
+    "examples-without-an-answer": row("train lora --model good.gguf --corpus asked.jsonl", "bad_file", "asked.jsonl:1"),
+    "examples-empty-answer": row("train lora --model good.gguf --corpus silent.jsonl", "bad_file", "silent.jsonl:2"),
+    "examples-of-two-kinds": row("train lora --model good.gguf --corpus both.jsonl", "bad_file", "both.jsonl:2"),
+    "template-missing": row("train lora --model good.gguf --corpus chat.jsonl", "bad_file", "chat template", "prompt"),
+    "validation-of-another-kind": row(
+        "train lora --model good.gguf --corpus pairs.jsonl --set data.val_corpus={excerpt}", "bad_file", "val_corpus"
+    ),
+    # images
+    "images-none": row("train vit-tiny", "bad_flag", "needs images", "--images"),
+    "images-missing": row("train vit-tiny --images nowhere", "missing_file", "nowhere"),
+    "images-empty": row("train vit-tiny --images folder", "bad_file", "folder"),
+    "images-of-mixed-sizes": row("train vit-tiny --images mixed", "bad_file", "9 x 9", "model.image_size=8"),
+    "images-damaged": row("train vit-tiny --images damaged", "bad_file", "damaged"),
+    "images-of-one-class": row("train vit-tiny --images single", "bad_file", "one class"),
+    "images-for-a-text-model": row("infer good.gguf --image pictures/a/01.png", "bad_flag", "--image", "--prompt"),
+    "text-for-a-vit": row("infer vit.gguf --prompt a", "bad_flag", "--prompt", "--image"),
+    "image-damaged": row("infer vit.gguf --image damaged/b/00.png", "bad_file", "00.png"),
+    "images-not-images": row("train vit-tiny --images short.txt", "bad_file", "short.txt"),
+    "patches": row(
+        "train vit-tiny --images pictures --set model.patch_size=5", "bad_config", "model.patch_size = 5", "= 4"
+    ),
+    "classes": row("train vit-tiny --images pictures --set model.n_class=7", "bad_config", "n_class = 7", "leave"),
+    "crop": row("train vit-tiny --images pictures --set data.augment_crop=8", "bad_config", "data.augment_crop"),
+    # validation
+    "patience-without-validation": row(
+        "train --set eval.patience=3 --set data.val_fraction=0", "bad_config", "eval.patience", "data.val_corpus"
+    ),
+    "patience-without-images": row(
+        "train vit-tiny --images pictures --set eval.patience=3 --set data.val_fraction=0",
+        "bad_config",
+        "eval.patience",
+        "data.val_images",
+    ),
+    "patience-without-evaluations": row(
+        "train --set eval.patience=3 --set eval.every=0", "bad_config", "eval.patience"
+    ),
     # corpora
     "corpus-missing": row("train --corpus nowhere.txt", "missing_file", "nowhere.txt"),
     "corpus-empty": row("train --corpus empty.txt", "bad_file", "empty.txt"),
@@ -125,6 +239,17 @@ ROWS = {
     "out-under-a-file": row(f"train {TINY_FLAGS} --out short.txt/run", "bad_flag", "short.txt"),
     "new-not-empty": row("new full", "bad_flag", "full", "--force"),
     "resume-missing": row("train --resume llama-1", "missing_file", "llama-1"),
+    "resume-from-another-recipe": row(
+        "train lora --model good.gguf --resume old-run", "resume_mismatch", "from-scratch, not lora", "--recipe"
+    ),
+    "resume-from-another-architecture": row(
+        "train --arch gpt2 --resume old-run", "resume_mismatch", "llama, not gpt2", "--arch"
+    ),
+    "resume-from-a-torn-checkpoint": row(
+        "train --resume torn-run/checkpoints/step_50 --steps 60", "bad_file", "no whole checkpoint", "its run"
+    ),
+    "resume-without-a-checkpoint": row("train --resume lone-run --steps 60", "missing_file", "lone-run"),
+    "resume-at-the-end": row("train --resume old-run", "bad_flag", "step 50", "--steps 100"),
     "root-not-found": row(f"train {TINY_FLAGS} --out run", "missing_file", "TOY_HOME", TOY_HOME="/nowhere"),
     "root-not-found-install": row("install", "missing_file", "TOY_HOME", TOY_HOME="/nowhere"),
     # gates and runs
@@ -134,8 +259,31 @@ ROWS = {
 }
 
 
+@pytest.fixture(scope="session")
+def others(home: dict[str, str], built: None, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every other kind, of one step: gpt2, lora, vit; and images to train it on."""
+    from PIL import Image
+
+    at = tmp_path_factory.mktemp("others")
+    toy = Toy(at, home)
+    for folder, names, odd in (("pictures", "ab", 8), ("mixed", "ab", 9), ("single", "a", 8), ("damaged", "ab", 8)):
+        for name in names:
+            (at / folder / name).mkdir(parents=True)
+            for n in range(20):
+                side = odd if (name, n) == ("a", 0) else 8
+                pixels = bytes((n * 7 + 31 * i) % 256 for i in range(side * side))
+                Image.frombytes("L", (side, side), pixels).save(at / folder / name / f"{n:02d}.png")
+    (at / "damaged" / "b" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    one = ("--steps", 1, "--no-sample", "--out")
+    toy("train", "--arch", "gpt2", *TINY, *one, "gpt2-run").ok()
+    toy("train", "lora", "--model", trained.gguf, "--corpus", EXCERPT, *one, "lora-run").ok()
+    small = ("--set", "model.n_layer=1", "--set", "model.n_embd=12")
+    toy("train", "vit-tiny", "--images", "pictures", *small, *one, "vit-run").ok()
+    return at
+
+
 @pytest.fixture
-def things(cold_toy: Toy, trained: Trained) -> Iterator[Path]:
+def things(cold_toy: Toy, trained: Trained, others: Path) -> Iterator[Path]:
     """A directory with everything that ROWS name."""
     from toy import _native
 
@@ -157,6 +305,19 @@ def things(cold_toy: Toy, trained: Trained) -> Iterator[Path]:
     (at / "not.gguf").write_bytes(b"This is no model.\n" * 100)
     (at / "mamba.gguf").write_bytes(good.replace(b"llama", b"mamba"))
     _native.gguf_write(str(at / "vocabulary.gguf"), {"general.architecture": "llama", "llama.block_count": 2})
+    examples(at)
+    for name in ("pictures", "mixed", "single", "damaged", "lora-run"):
+        shutil.copytree(others / name, at / name, symlinks=True)
+    for name in ("gpt2", "vit"):
+        shutil.copy(others / f"{name}-run" / "weights" / "model.gguf", at / f"{name}.gguf")
+    shutil.copy(others / "lora-run" / "weights" / "adapter.gguf", at / "adapter.gguf")
+    width = b"llama.feed_forward_length"
+    value = good.index(width) + len(width) + 4
+    assert struct.unpack("<I", good[value : value + 4]) == (192,)
+    (at / "shape.gguf").write_bytes(good[:value] + struct.pack("<I", 200) + good[value + 4 :])
+    (at / "shapeless.gguf").write_bytes(good.replace(width, width[:-1] + b"_"))
+    (at / "other.gguf").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    (at / "mute.gguf").write_bytes(good.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.nothin"))
     (at / "device.yml").write_text("run:\n  device: cpuu\n")
     (at / "section.yml").write_text("modell:\n  n_layer: 2\n")
     (at / "knob.yml").write_text("model:\n  n_layers: 2\n")
@@ -165,12 +326,39 @@ def things(cold_toy: Toy, trained: Trained) -> Iterator[Path]:
     (at / "full").mkdir()
     (at / "full" / "something").touch()
     shutil.copytree(trained.run, at / "old-run", symlinks=True)
+    shutil.copytree(trained.run, at / "torn-run", symlinks=True)
+    (at / "torn-run" / "checkpoints" / "step_50" / "DONE").unlink()
+    shutil.copytree(trained.run, at / "lone-run", ignore=shutil.ignore_patterns("checkpoints"))
     (at / "gate.txt").write_text("step 1: loss=1\n")
     (at / "locked").mkdir()
     for path, mode in (("locked", 0o555), ("secret.txt", 0), ("secret.gguf", 0)):
         (at / path).chmod(mode)
     yield at
     (at / "locked").chmod(0o755)
+
+
+def examples(at: Path) -> None:
+    """Good and bad sets of examples, and a corpus packed with a tokenizer of its own."""
+    from toy import corpora
+
+    asked, answered = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    pair = {"prompt": "Why? ", "completion": "So."}
+    lines: dict[str, list[object]] = {
+        "pairs": [pair] * 20,
+        "broken": [pair],
+        "silent": [pair, pair | {"completion": " "}],
+        "both": [pair, {"text": "So."}],
+        "chat": [{"messages": [asked, answered]}],
+        "asked": [{"messages": [asked]}],
+        "role": [{"messages": [{"content": "Why?"}, answered]}],
+    }
+    for name, records in lines.items():
+        (at / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with (at / "broken.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    packed = corpora.prepare(EXCERPT, "chars", cache_dir=at / "packings").tokens.parent
+    shutil.move(packed, at / "chars.packed")
+    shutil.rmtree(at / "packings")
 
 
 def check_lines(result: Result, kind: str) -> tuple[str, str]:
@@ -225,7 +413,19 @@ def test_too_short_to_validate(toy: Toy) -> None:
     assert [path.name for path in toy.cwd.iterdir()] == ["short.txt"]
 
 
-@pytest.mark.parametrize("name", ["set-unknown-knob", "corpus-missing", "heads"])
+def test_examples_that_end_up_all_masked(toy: Toy, things: Path) -> None:
+    """Every answer begins beyond the context: known when they are packed, and no run is left behind."""
+    (things / "long.jsonl").write_text(json.dumps({"prompt": "a" * 100, "completion": "b"}) + "\n")
+    flags = ("lora", "--model", "good.gguf", "--corpus", "long.jsonl", "--set", "data.val_fraction=0")
+    message, hint = check_lines(toy("train", *flags, "--set", "model.context=16", "--out", "run"), "bad_file")
+    assert "long" in message
+    assert "model.context" in hint
+    assert not (toy.cwd / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["set-unknown-knob", "corpus-missing", "heads", "base-is-an-adapter", "rank-above-the-width", "patches"]
+)
 def test_a_dry_run_refuses_the_same(name: str, cold_toy: Toy, things: Path) -> None:
     bad = ROWS[name]
     message, _ = check_lines(cold_toy(*bad.args.split(), "--dry-run"), bad.kind)

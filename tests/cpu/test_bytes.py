@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import Trained
-from harness import ROOT, TINY, Result, Toy
-
-GATES = ROOT / "data" / "gates"
+from gates import GATES, NAMES, train
+from harness import TINY, Result, Toy, read_events
+from killing import JOBS, new_folder, run_through
 
 # no size is a multiple of a vector register, of a tile or of the number of threads
 ODD = {
@@ -69,27 +72,87 @@ def test_where_events_go_does_not_matter(toy: Toy, trained: Trained) -> None:
     assert quiet.steps == busy.steps
 
 
+# --- the portable build ---------------------------------------------------------------------------------------------
+
+#: A libm that is wrong in the sixth digit, as an unkind machine's might be.
+OTHER_LIBM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#define WRONG(type, name) \\
+    type name(type x) { \\
+        static type (*real)(type); \\
+        if (!real) { real = (type (*)(type)) dlsym(RTLD_NEXT, #name); } \\
+        return real(x) * (type) 1.000001; \\
+    }
+#define WRONG2(type, name) \\
+    type name(type x, type y) { \\
+        static type (*real)(type, type); \\
+        if (!real) { real = (type (*)(type, type)) dlsym(RTLD_NEXT, #name); } \\
+        return real(x, y) * (type) 1.000001; \\
+    }
+WRONG(float, expf) WRONG(float, logf) WRONG(float, log2f) WRONG(float, sinf) WRONG(float, cosf) WRONG(float, tanhf)
+WRONG(float, erff) WRONG(float, expm1f) WRONG(float, log1pf) WRONG(double, exp) WRONG(double, log) WRONG(double, log2)
+WRONG(double, sin) WRONG(double, cos) WRONG(double, tanh) WRONG(double, erf) WRONG2(float, powf) WRONG2(double, pow)
+void sincosf(float x, float * s, float * c) { *s = sinf(x); *c = cosf(x); }
+void sincos(double x, double * s, double * c) { *s = sin(x); *c = cos(x); }
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="LD_PRELOAD")
+@pytest.mark.parametrize("name", JOBS)
+def test_no_number_comes_from_libm(name: str, built_portable: None, tmp_path: Path) -> None:
+    """Another libm under the portable runners, and every step, evaluation and weight is the same."""
+    (tmp_path / "other.c").write_text(OTHER_LIBM)
+    library = tmp_path / "other.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-fno-builtin", "-w", "-o", library, tmp_path / "other.c", "-ldl", "-lm"],
+                   check=True)  # fmt: skip
+    job = replace(JOBS[name], runner=f"portable/{JOBS[name].runner}")
+    files = job.files(new_folder(tmp_path / "data"))
+    ends = []
+    for run, preload in (("one", {}), ("other", {"LD_PRELOAD": str(library)})):
+        left = run_through(job, {**job.environment(tmp_path / run, files, 24), **preload})
+        assert left.code == 0, left.stderr
+        losses = [event["val_loss"] for event in read_events(left.run, "eval")]
+        ends.append((left.lines, losses, weights(left.gguf)))
+    assert len(ends[0][0]) == 24
+    assert ends[1] == ends[0]
+
+
 # --- gates ----------------------------------------------------------------------------------------------------------
 
 
-def portable(toy: Toy, *more: object) -> Result:
-    """The run of data/gates/llama.yml, as data/gates/README.md says to repeat it."""
-    return toy("train", "--config", GATES / "llama.yml", "--no-sample", *more, timeout=900)
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the gate was recorded on x86-64")
-def test_the_portable_gate(toy: Toy) -> None:
-    portable(toy, "--out", "run").ok()
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the gates were recorded on x86-64")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_portable_gate(toy: Toy, name: str, threads: int) -> None:
+    train(toy, name, "--threads", threads, "--out", "run").ok()
     assert json.loads((toy.cwd / "run" / "config.json").read_text())["run"]["build"] == "portable"
-    result = toy("gate", "check", "run", GATES / "llama.txt")
+    result = toy("gate", "check", "run", GATES / f"{name}.txt")
     assert result.code == 0, result.stdout + result.stderr
-    checked = toy("gate", "check", "run", GATES / "llama.txt", "--json").ok().document
+    checked = toy("gate", "check", "run", GATES / f"{name}.txt", "--json").ok().document
     assert checked["format"] == "toy/gate-v1"
     assert checked["equal"] is True
 
+
+def test_there_is_a_gate_for_every_recipe_and_architecture() -> None:
+    from toy.config import Config
+    from toy.recipes import MATRIX
+
+    gated = set()
+    for name in NAMES:
+        run = {"arch": Config().run.arch, "recipe": Config().run.recipe}
+        run |= yaml.safe_load((GATES / f"{name}.yml").read_text())["run"]
+        gated.add((run["recipe"], "vit" if run["recipe"] == "vit-tiny" else run["arch"]))
+        assert (GATES / f"{name}.txt").is_file(), f"{name} has no recorded lines: python tests/cpu/gates.py {name}"
+    assert {recipe for recipe, _ in gated} == {row.recipe for row in MATRIX}
+    assert {arch for _, arch in gated} == {row.arch for row in MATRIX}
+
+
+def test_a_recorded_gate_is_the_file_that_is_checked(toy: Toy, trained: Trained) -> None:
     recorded = toy.cwd / "mine.txt"
-    toy("gate", "record", "run", recorded).ok()
-    assert recorded.read_bytes() == (GATES / "llama.txt").read_bytes()
+    toy("gate", "record", trained.run, recorded).ok()
+    assert recorded.read_text().splitlines() == trained.result.steps
+    toy("gate", "check", trained.run, recorded).ok()
 
 
 def test_a_gate_names_the_first_difference(toy: Toy, trained: Trained) -> None:

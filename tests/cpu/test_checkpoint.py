@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import RandomModel
 from harness import TINY, Toy, config_kv, read_events
-from parity import write_tokens
+from killing import JOBS, new_folder, run_through
+from packed_data import write_tokens
 
 
 @pytest.fixture
@@ -18,10 +21,10 @@ def tokens(tmp_path: Path) -> Path:
     return write_tokens(tmp_path / "tokens.bin")
 
 
-def trainer(tokens: Path, **sections: Any) -> Any:
+def trainer(tokens: Path, env: dict[str, str] | None = None, **sections: Any) -> Any:
     from toy import _native
 
-    return _native.Trainer(config_kv(**sections), str(tokens))
+    return _native.Trainer(config_kv(**sections), {"CORPUS": str(tokens), **(env or {})})
 
 
 def bits(trainer: Any) -> dict[str, bytes]:
@@ -67,22 +70,25 @@ def saved(tokens: Path, tmp_path: Path) -> tuple[Any, Path]:
     return one, Path(one.save(str(tmp_path)))
 
 
-def refused(tokens: Path, path: Path) -> str:
-    other = trainer(tokens)
-    before = bits(other)
+def refused(tokens: Path, path: Path, **other: Any) -> str:
+    """The one line of a refusal; nothing of the checkpoint was taken over."""
+    session = trainer(tokens, **other)
+    before = bits(session)
     with pytest.raises(ValueError, match=r".") as caught:
-        other.load(str(path))
-    assert bits(other) == before, "a refused checkpoint left some of its weights"
-    return str(caught.value)
+        session.load(str(path))
+    assert bits(session) == before, "a refused checkpoint left some of its weights"
+    message = str(caught.value).splitlines()[0]
+    assert str(path) in message
+    return message
 
 
 def test_without_its_mark_it_is_refused(tokens: Path, tmp_path: Path) -> None:
     _, path = saved(tokens, tmp_path)
     (path / "DONE").unlink()
-    assert "DONE" in refused(tokens, path)
+    assert "no DONE" in refused(tokens, path)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.3, 0.6, 0.99, 0.99999])
 def test_a_truncated_file_is_refused(tokens: Path, tmp_path: Path, share: float) -> None:
     _, path = saved(tokens, tmp_path)
     file = path / "state.gguf"
@@ -91,23 +97,144 @@ def test_a_truncated_file_is_refused(tokens: Path, tmp_path: Path, share: float)
     assert "state.gguf" in refused(tokens, path)
 
 
+def test_a_file_with_another_beginning_is_refused(tokens: Path, tmp_path: Path) -> None:
+    _, path = saved(tokens, tmp_path)
+    file = path / "state.gguf"
+    whole = file.read_bytes()
+    for at in (0, 4, 9, 17):  # magic, version, number of tensors, number of keys
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        assert "state.gguf" in refused(tokens, path)
+
+
 def test_another_file_is_refused(tokens: Path, tmp_path: Path) -> None:
     _, path = saved(tokens, tmp_path)
     (path / "state.gguf").write_bytes(b"GGUF" + b"\xff" * 5000)
     assert "state.gguf" in refused(tokens, path)
-    assert refused(tokens, tmp_path / "step_99")
+    RandomModel().write(path / "state.gguf")
+    assert "not a checkpoint" in refused(tokens, path)
+    (path / "state.gguf").unlink()
+    assert "state.gguf" in refused(tokens, path)
+    assert "step_99" in refused(tokens, tmp_path / "step_99")
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"train": {"batch": 8}}, "train.batch"),
+        ({"run": {"seed": 5}}, "run.seed"),
+        ({"model": {"n_embd": 64}}, "model.n_embd"),
+        ({"train": {"learning_rate": 1e-3}}, "train.learning_rate"),
+        ({"data": {"val_fraction": 0.2}}, "data.val_fraction"),
+        ({"train": {"freeze": "blk.0.*"}}, "train.freeze"),
+        ({"run": {"arch": "gpt2"}, "model": {"n_head_kv": 0}}, "run.arch"),
+        ({"run": {"recipe": "warm-start"}}, "run.recipe"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_configuration_is_refused_by_name(
+    tokens: Path, tmp_path: Path, sections: dict[str, Any], named: str
+) -> None:
+    _, path = saved(tokens, tmp_path)
+    assert named in refused(tokens, path, **sections)
 
 
 @pytest.mark.parametrize(
     "sections",
-    [{"train": {"batch": 8}}, {"run": {"seed": 5}}, {"model": {"n_embd": 64}}],
-    ids=["batch", "seed", "shape"],
-)
-def test_another_configuration_is_refused(tokens: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
+    [
+        {"train": {"steps": 70}}, {"eval": {"every": 3, "batches": 2, "patience": 9}}, {"run": {"threads": 2}},
+        {"checkpoint": {"every": 1, "keep": 9, "keep_every": 4, "keep_best": False}}, {"run": {"name": "b", "notes": "c"}},
+    ],
+    ids=lambda sections: ",".join(sections),
+)  # fmt: skip
+def test_what_may_change_may(tokens: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
     _, path = saved(tokens, tmp_path)
-    other = trainer(tokens, **sections)
-    with pytest.raises(ValueError, match=r"knobs|tensors"):
-        other.load(str(path))
+    trainer(tokens, **sections).load(str(path))
+
+
+def forget_done(path: Path, other: Path) -> None:
+    (path / "DONE").unlink()
+
+
+def forget_state(path: Path, other: Path) -> None:
+    (path / "state.gguf").unlink()
+
+
+def cut(path: Path, other: Path) -> None:
+    data = (path / "state.gguf").read_bytes()
+    (path / "state.gguf").write_bytes(data[: len(data) // 2])
+
+
+def spoil(path: Path, other: Path) -> None:
+    data = (path / "state.gguf").read_bytes()
+    (path / "state.gguf").write_bytes(b"JUNK" + data[4:])
+
+
+def exchange(path: Path, other: Path) -> None:
+    shutil.copy(other / "state.gguf", path / "state.gguf")
+
+
+def lose(path: Path, other: Path) -> None:
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_torn_missing_and_foreign_ones_are_told_apart(name: str, built: None, tmp_path: Path) -> None:
+    """By the runner of each recipe: exit 2, one line that names the checkpoint and what is wrong, one hint, no step."""
+    job, foreign = JOBS[name], JOBS["gpt2" if name == "llama" else "llama"]
+    kept, files = {}, {}
+    for one in (job, foreign):
+        files[one.name] = one.files(new_folder(tmp_path / f"{one.name}-data"))
+        run = tmp_path / one.name
+        assert run_through(one, one.environment(run, files[one.name], 6)).code == 0
+        kept[one.name] = run / "checkpoints" / "step_6"
+    harms: list[tuple[Callable[[Path, Path], None], str, set[str]]] = [
+        (forget_done, "no DONE", {"bad_file"}),
+        (forget_state, "state.gguf", {"bad_file", "missing_file"}),
+        (cut, "state.gguf", {"bad_file"}),
+        (spoil, "state.gguf", {"bad_file"}),
+        (exchange, "run.", {"resume_mismatch"}),
+        (lose, "no DONE", {"missing_file"}),
+    ]
+    said = set()
+    for harm, named, kinds in harms:
+        path = tmp_path / harm.__name__ / "checkpoints" / "step_6"
+        shutil.copytree(kept[name], path)
+        harm(path, kept[foreign.name])
+        run = tmp_path / f"resumed-{harm.__name__}"
+        left = run_through(job, job.environment(run, files[name], 9, str(path)))
+        assert left.code == 2, (harm.__name__, left.stderr)
+        error, hint = left.stderr.splitlines()
+        assert error.startswith("error: ")
+        assert str(path) in error
+        assert named in error
+        assert hint.startswith("hint: ")
+        assert left.lines == []
+        end = read_events(run)[-1]
+        assert end["kind"] == "run_end"
+        assert end["error"]["kind"] in kinds
+        said.add((end["error"]["kind"], error.replace(str(path), "")))
+    assert len(said) == len(harms), f"two of them say the same: {said}"
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("llama", "corpus"), ("lora", "base"), ("lora", "corpus"), ("vit-tiny", "images")]
+)
+def test_other_data_is_refused_by_name(name: str, changed: str, built: None, tmp_path: Path) -> None:
+    """Whatever it is called: DATASETS holds the hashes of what a run reads."""
+    job = JOBS[name]
+    files = job.files(new_folder(tmp_path / "data"))
+    assert run_through(job, job.environment(tmp_path / "first", files, 6)).code == 0
+    path = tmp_path / "first" / "checkpoints" / "latest"
+    environment = job.environment(tmp_path / "second", files, 9, str(path))
+    before = environment["DATASETS"]
+    environment["DATASETS"] = re.sub(rf"\b{changed}=[0-9a-f]{{8}}", f"{changed}=00000000", before)
+    assert environment["DATASETS"] != before
+    left = run_through(job, environment)
+    assert left.code == 2, left.stderr
+    assert f"the {changed} is another one" in left.stderr
+    assert read_events(tmp_path / "second")[-1]["error"]["kind"] == "resume_mismatch"
+    again = run_through(job, job.environment(tmp_path / "third", files, 9, str(path)))
+    assert [line.split(":")[0] for line in again.lines] == ["step 7", "step 8", "step 9"], again.stderr
 
 
 # --- through the command line ---------------------------------------------------------------------------------------

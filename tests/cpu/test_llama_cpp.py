@@ -148,7 +148,7 @@ def test_smollm_tokenizes_as_in_llama_cpp(smollm: Path, smollm_server: LlamaCpp)
 
 @pytest.fixture(scope="module")
 def smollm_f32(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    from dequantise import dequantise
+    from gguf_files import dequantise
 
     path = dequantise(smollm, tmp_path_factory.mktemp("smollm") / "smollm-f32.gguf")
     yield path

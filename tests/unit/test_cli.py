@@ -67,13 +67,13 @@ def test_the_manifest(cold_toy: Toy) -> None:
         "model",
         "rank",
     }
-    for flag in named | {"init", "images", "out", "resume"}:
+    for flag in named | {"init", "images", "out", "resume", "stop-after"}:
         assert f"--{flag}" in options
     assert options["--steps"]["type"] == "integer"
     assert options["--dry-run"]["type"] == "flag"
     assert document["error_kinds"] == KINDS
     gate = next(command for command in document["commands"] if command["name"] == "gate")
-    assert {command["name"] for command in gate["commands"]} == {"record", "check"}
+    assert {command["name"] for command in gate["commands"]} >= {"record", "check"}
 
 
 def test_version(cold_toy: Toy) -> None:
@@ -86,13 +86,21 @@ BAD = [
     (["train", "--steps", "x"], "bad_flag", "--help"),
     (["train", "--steps", "0"], "bad_config", "Optimizer updates"),
     (["train", "from-scrach"], "bad_flag", "did you mean from-scratch?"),
-    (["train", "lora"], "not_available", "this toy trains"),
+    (["train", "lora"], "bad_flag", "--model"),
+    (["train", "lora", "--arch", "vit"], "not_available", "--recipe vit-tiny"),
+    (["train", "vit-tiny", "--arch", "llama"], "not_available", "leave --arch out"),
+    (["train", "vit-tiny"], "bad_flag", "--images"),
+    (["train", "warm-start"], "bad_flag", "--init scratch"),
     (["train", "lora", "--recipe", "warm-start"], "bad_flag", "name one"),
     (["train", "--arch", "lama"], "bad_flag", "did you mean llama?"),
     (["train", "--device", "cpuu"], "bad_flag", "did you mean cpu?"),
     (["train", "--rank", "4"], "bad_flag", "--recipe lora"),
     (["train", "--images", "x"], "bad_flag", "--recipe vit-tiny"),
     (["train", "--init", "x"], "bad_flag", "--recipe warm-start"),
+    (["train", "warm-start", "--init", "donr"], "bad_config", "did you mean donor?"),
+    (["train", "--stop-after", "soon"], "bad_config", "Save and stop"),
+    (["train", "--set", "lora.rank=4"], "bad_config", "--recipe lora"),
+    (["train", "lora", "--preset", "vit-mnist"], "bad_flag", "leave the preset out"),
     (["train", "--set", "train.batchh=3"], "bad_config", "did you mean train.batch?"),
     (["train", "--set", "trian.batch=3"], "bad_config", "did you mean train.batch?"),
     (["train", "--preset", "tyny"], "bad_flag", "did you mean tiny?"),
@@ -110,6 +118,9 @@ BAD = [
     (["config", "show", "--set", "train.steps=x"], "bad_config", "train.steps"),
     (["new", "file"], "bad_flag", "name a new directory"),
     (["new", "."], "bad_flag", "--force"),
+    (["new", "play", "--recipe", "lorra"], "bad_flag", "did you mean lora?"),
+    (["new", "play", "--recipe", "lora", "--arch", "gpt2"], "not_available", "warm-start"),
+    (["new", "play", "--preset", "tinny"], "bad_flag", "did you mean tiny?"),
 ]
 
 
@@ -189,6 +200,29 @@ def test_new_makes_a_whole_project(cold_toy: Toy) -> None:
     cold_toy("new", "play", "--force").ok()
     assert (project / "README.md").read_text().startswith("# play")
     assert (project / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "recipe", "next_word"),
+    [
+        (["--recipe", "lora"], "lora", "--model"),
+        (["--recipe", "warm-start", "--arch", "gpt2"], "warm-start", "--model"),
+        (["--recipe", "vit-tiny"], "vit-tiny", "--images"),
+        (["--preset", "vit-mnist"], "vit-tiny", "--images"),
+        (["--preset", "nanogpt-char"], "from-scratch", "toy train"),
+    ],
+)
+def test_new_for_every_recipe(cold_toy: Toy, flags: list[str], recipe: str, next_word: str) -> None:
+    said = cold_toy("new", "play", *flags).ok().stdout
+    assert next_word in said.splitlines()[-1]
+    project = cold_toy.cwd / "play"
+    shown = cold_toy("config", "show", "--json", cwd=project).ok().document["config"]
+    assert shown["run"]["recipe"] == recipe
+    text = (project / "toy.yml").read_text()
+    assert ("  # rank: 8" in text) == (recipe == "lora")
+    assert ("patch_size" in text) == (recipe == "vit-tiny")
+    assert ("  corpus: data/" in text) == (recipe != "vit-tiny") == (project / "data" / "python-reference.txt").exists()
+    assert next_word in (project / "README.md").read_text()
 
 
 def test_the_dry_run_writes_nothing(cold_toy: Toy) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 
-from toy import config
+from toy import config, recipes
 from toy.cli.config import yaml_text
 from toy.cli.new import project_yaml
 from toy.config import KNOBS, SECTIONS, Config, Given
+from toy.config.recipe_defaults import RECIPE_DEFAULTS
 from toy.errors import ToyError
 
 
@@ -39,7 +42,25 @@ def test_every_knob_is_documented_and_its_default_is_allowed(knob: config.Knob) 
 
 
 def test_the_sections_are_those_of_the_architecture() -> None:
-    assert list(SECTIONS) == ["run", "model", "data", "train", "eval", "checkpoint", "log"]
+    assert list(SECTIONS) == ["run", "model", "data", "train", "lora", "eval", "checkpoint", "log"]
+
+
+def test_the_knobs_are_those_of_the_engine() -> None:
+    """One list in two languages: an unknown or a missing key in config.kv is an error of the runner's."""
+    source = (ROOT / "native" / "engine" / "config.cpp").read_text()
+    theirs = re.findall(r'f\("([a-z0-9_.]+)", ', source)
+    assert sorted(theirs) == sorted(KNOBS)
+
+
+def test_the_defaults_of_a_recipe_are_values_of_its_own_knobs() -> None:
+    assert set(RECIPE_DEFAULTS) == set(recipes.RECIPES)
+    for recipe, values in RECIPE_DEFAULTS.items():
+        for key, value in values.items():
+            assert isinstance(value, KNOBS[key].type)
+            assert KNOBS[key].belongs(recipe, None)
+            assert value != KNOBS[key].default, f"{recipe} says {key} for nothing"
+    assert {name for knob in KNOBS.values() for name in knob.recipes} <= set(recipes.RECIPES)
+    assert {name for knob in KNOBS.values() for name in knob.archs} <= set(recipes.ARCHS)
 
 
 @pytest.mark.parametrize("name", config.preset_names())
@@ -48,6 +69,8 @@ def test_every_shipped_preset_is_valid(name: str) -> None:
     assert loaded.preset == name
     assert config.preset_doc(name)
     config.check(config.resolve(loaded.config, vocab_size=257, val_tokens=10000))
+    run = loaded.config.run
+    assert recipes.select(run.recipe, run.arch, run.device)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -107,6 +130,160 @@ def test_paths_are_relative_to_where_they_are_written(tmp_path: Path, monkeypatc
     assert data.corpus == str(project / "data/book.txt")
     assert data.val_corpus == str(project / "data/val.txt"), "relative to the project above the file"
     assert data.tokenizer == str(elsewhere / "tok.json")
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_has_defaults_of_its_own(tmp_path: Path) -> None:
+    loaded = config.load(flags={"run.recipe": Given("lora", "--recipe")})
+    assert loaded.config.train.weight_decay == 0.0
+    assert loaded.origins["train.weight_decay"] == "recipe lora"
+    assert config.load(flags={"run.recipe": Given("vit-tiny", "--recipe")}).config.run.arch == "vit"
+    write(tmp_path, "run:\n  recipe: lora\ntrain:\n  weight_decay: 0.2\n")
+    assert config.load(project=tmp_path).config.train.weight_decay == 0.2
+
+
+def test_a_preset_may_choose_recipe_and_architecture(tmp_path: Path) -> None:
+    assert config.load(preset="nanogpt-char").config.run.arch == "gpt2"
+    write(tmp_path, "preset: tiny\nrun:\n  recipe: from-scratch\n  arch: llama\n")
+    run = config.load(project=tmp_path, preset="vit-mnist").config.run
+    assert (run.recipe, run.arch) == ("vit-tiny", "vit"), "--preset is nearer than toy.yml"
+    error = refused(preset="vit-mnist", flags={"run.recipe": Given("lora", "--recipe")})
+    assert error.kind == "bad_flag"
+    assert "vit-mnist is for vit-tiny, not for lora" in error.message
+
+
+def test_a_project_of_another_recipe_keeps_its_preset_to_itself(tmp_path: Path) -> None:
+    write(tmp_path, "preset: default\nmodel:\n  n_layer: 3\nrun:\n  arch: gpt2\ntrain:\n  grad_clip: 0.5\n")
+    loaded = config.load(project=tmp_path, flags={"run.recipe": Given("vit-tiny", "--recipe")})
+    assert loaded.foreign
+    assert loaded.config.run.arch == "vit"
+    assert loaded.config.train.steps == 1000, "not the preset's"
+    assert loaded.config.train.grad_clip == 0.5, "what toy.yml itself says of all recipes counts"
+    assert not loaded.is_explicit("model.n_layer")
+    assert config.load(project=tmp_path).is_explicit("model.n_layer")
+
+
+def test_knobs_of_other_recipes(tmp_path: Path) -> None:
+    vit = {"run.recipe": Given("vit-tiny", "--recipe")}
+    for sets, message in (
+        (["lora.rank=4"], "lora.rank belongs to the recipe lora, not to from-scratch (--set)"),
+        (["model.patch_size=4"], "model.patch_size belongs to the recipe vit-tiny, not to from-scratch"),
+        (["model.init=donor"], "belongs to the recipe warm-start"),
+        (["run.arch=gpt2", "model.rope_freq_base=500"], "belongs to the architecture llama, not to gpt2"),
+        (["run.arch=gpt2", "model.n_head_kv=2"], "model.n_head_kv belongs to the architecture llama"),
+    ):
+        error = refused(sets=sets)
+        assert message in error.message
+        assert "leave" in error.hint
+    assert "not to vit-tiny" in refused(sets=["data.corpus=x.txt"], flags=vit).message
+    # where nobody asked for this run: a preset, a project of another recipe, a run's config.json
+    assert config.load(preset="default", flags={"run.arch": Given("gpt2", "--arch")}).config.model.n_head_kv == 0
+    write(tmp_path, "data:\n  corpus: book.txt\nlora:\n  rank: 3\n")
+    assert config.load(project=tmp_path, flags=vit).config.data.corpus == ""
+    text = config.json_text(config.to_json(config.load(sets=["run.recipe=lora", "lora.rank=4"]).config))
+    write(tmp_path, text, "config.json")
+    again = config.load(config_file=tmp_path / "config.json", flags=vit).config
+    assert again.lora.rank == KNOBS["lora.rank"].default
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("90s", 90),
+        ("55m", 3300),
+        ("2h", 7200),
+        ("1h30m", 5400),
+        ("1h 30m 5s", 5405),
+        ("1.5h", 5400),
+        ("0", 0),
+    ],
+)
+def test_durations(tmp_path: Path, text: str, seconds: float) -> None:
+    assert config.load(sets=[f"run.stop_after={text}"]).config.run.stop_after == seconds
+    file = write(tmp_path, f"run:\n  stop_after: {text}\n")
+    assert config.load(config_file=file).config.run.stop_after == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5x", "-3", "1m1h", "1.2.3", "h", "inf", "nan"])
+def test_what_is_no_duration(text: str) -> None:
+    error = refused(sets=[f"run.stop_after={text}"])
+    assert "1h30m" in error.message
+
+
+def of(recipe: str, arch: str, **sections: dict[str, object]) -> Config:
+    """A configuration with no auto in it."""
+    values = {**sections, "run": {"recipe": recipe, "arch": arch}}
+    return config.resolve(Config.model_validate(values), vocab_size=65)
+
+
+def test_autos_of_each_architecture() -> None:
+    assert of("from-scratch", "llama").model.n_ff == 704
+    assert of("from-scratch", "gpt2").model.n_ff == 1024
+    assert of("lora", "llama", lora={"rank": 6}).lora.alpha == 12
+    assert of("from-scratch", "llama").lora.alpha == 0, "left alone where there is no adapter"
+    for size, patch, context in ((224, 16, 197), (28, 4, 50), (32, 4, 65), (64, 8, 65), (96, 12, 65), (8, 1, 65)):
+        model = of("vit-tiny", "vit", model={"image_size": size}).model
+        assert (model.patch_size, model.context) == (patch, context)
+    assert of("vit-tiny", "vit", model={"image_size": 28, "pool": "mean"}).model.context == 49
+    assert config.image_size(640) == 224
+    assert config.image_size(30) == 28
+    big = config.resolve(Config.model_validate({"run": {"recipe": "vit-tiny", "arch": "vit"}}), val_items=10_000)
+    assert big.eval.batches == 625, "of images the whole part"
+    assert config.resolve(Config(), val_items=10_000).eval.batches == 64
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arch", "sections", "message", "hint"),
+    [
+        ("vit-tiny", "vit", {"model": {"image_size": 30, "patch_size": 4}}, "model.patch_size = 4 does not", "= 3"),
+        ("vit-tiny", "vit", {"model": {"n_embd": 100, "n_head": 3}}, "is not divisible by model.n_head", "n_head = 2"),
+        ("vit-tiny", "vit", {"model": {"n_class": 1}}, "model.n_class = 1", "two classes"),
+        (
+            "vit-tiny", "vit", {"model": {"image_size": 28, "patch_size": 7}, "data": {"augment_crop": 28}},
+            "data.augment_crop = 28", "tenth",
+        ),
+        ("from-scratch", "gpt2", {"model": {"n_head": 8, "n_head_kv": 4}}, "model.n_head_kv = 4 is not", "llama"),
+        ("from-scratch", "llama", {"model": {"context": 1}}, "model.context = 1", "2 or more"),
+        ("from-scratch", "llama", {"train": {"freeze": "blk.9.*"}}, "train.freeze has 'blk.9.*'", ""),
+        ("from-scratch", "llama", {"train": {"freeze": "token_embed.weight"}}, "train.freeze", "token_embd.weight"),
+        ("from-scratch", "gpt2", {"train": {"freeze": "*"}}, "leaves nothing to train", ""),
+        ("from-scratch", "gpt2", {"train": {"freeze": "*.weight, *.bias"}}, "leaves nothing to train", ""),
+        ("lora", "llama", {"lora": {"targets": "attn_qq"}}, "unknown target 'attn_qq'", "did you mean attn_q?"),
+        ("lora", "llama", {"lora": {"targets": " , "}}, "lora.targets is empty", "attn_q"),
+        ("lora", "llama", {"lora": {"rank": 257}}, "lora.rank = 257 is above the width of attn_q, 256", ""),
+        (
+            "lora", "llama", {"model": {"n_head_kv": 2}, "lora": {"rank": 65, "targets": "attn_q,attn_v"}},
+            "above the width of attn_v, 64", "",
+        ),
+        ("vit-tiny", "vit", {"eval": {"patience": 2}, "data": {"val_fraction": 0.0}}, "eval.patience", "val_images"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_in_a_recipe(
+    recipe: str, arch: str, sections: dict[str, dict[str, object]], message: str, hint: str
+) -> None:
+    with pytest.raises(ToyError) as caught:
+        config.check(of(recipe, arch, **sections))
+    assert caught.value.kind == "bad_config"
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_what_goes_together_in_a_recipe() -> None:
+    config.check(of("from-scratch", "gpt2", model={"n_embd": 21, "n_head": 7}))  # odd heads: nothing rotates
+    config.check(of("from-scratch", "llama", train={"freeze": "blk.0.*,token_embd.weight"}))
+    config.check(of("from-scratch", "gpt2", train={"freeze": "*.bias"}))
+    config.check(of("lora", "llama", lora={"targets": "ffn_up, attn_q", "rank": 256}))
+    config.check(of("lora", "llama", model={"n_embd": 576, "n_head": 7}))  # the base's business
+    config.check(of("vit-tiny", "vit", eval={"patience": 2}, data={"val_fraction": 0.0, "val_images": "x"}))
+
+
+@pytest.mark.parametrize("rank", ["0", "-1", "1.5"])
+def test_ranks_that_are_none(rank: str) -> None:
+    assert "lora.rank" in refused(sets=["run.recipe=lora", f"lora.rank={rank}"]).message
+    assert refused(sets=["run.recipe=lora", "lora.dropout=1"]).message.startswith("lora.dropout = 1 is not")
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -201,8 +378,9 @@ def test_a_range_error_of_a_flag_names_the_flag() -> None:
 def test_resolve_leaves_no_auto() -> None:
     resolved = config.resolve(Config(), vocab_size=2048, val_tokens=100_000)
     for knob in KNOBS.values():
-        if knob.auto is not None:
+        if knob.auto is not None and knob.belongs("from-scratch", "llama"):
             assert getattr(getattr(resolved, knob.section), knob.name) != knob.auto, knob.key
+    assert resolved.model.context == 256
     assert resolved.model.n_ff == 704
     assert resolved.model.n_head_kv == 8
     assert resolved.train.micro_batch == 16
@@ -260,9 +438,15 @@ def test_config_kv_holds_every_knob_once() -> None:
     assert values["data.corpus"] == ""
 
 
-@pytest.mark.parametrize("preset", config.preset_names())
-def test_the_toy_yml_of_a_new_project_says_what_is_in_effect(tmp_path: Path, preset: str) -> None:
-    loaded = config.load(preset=preset)
+@pytest.mark.parametrize("preset", [*config.preset_names(), "none"])
+@pytest.mark.parametrize("recipe", [None, "warm-start", "lora", "vit-tiny"])
+def test_the_toy_yml_of_a_new_project_says_what_is_in_effect(tmp_path: Path, preset: str, recipe: str | None) -> None:
+    flags = {"run.recipe": Given(recipe, "--recipe", quoted=True)} if recipe else {}
+    try:
+        loaded = config.load(preset=preset, flags=flags)
+    except ToyError as error:
+        assert "preset" in error.message
+        return
     text = project_yaml(preset, loaded)
     write(tmp_path, text)
     mine = config.load(project=tmp_path)
@@ -273,7 +457,13 @@ def test_the_toy_yml_of_a_new_project_says_what_is_in_effect(tmp_path: Path, pre
     write(tmp_path, uncommented)
     everything = config.load(project=tmp_path)
     assert everything.config == mine.config
-    assert all(origin.startswith("toy.yml:") for origin in everything.origins.values())
+    run = loaded.config.run
+    for key, origin in everything.origins.items():
+        of_base = run.recipe == "lora" and key.startswith("model.")
+        if KNOBS[key].belongs(run.recipe, run.arch) and not of_base:
+            assert origin.startswith("toy.yml:"), key
+        elif not of_base:
+            assert origin == "default", key
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 
 from toy import recipes
 from toy.errors import ToyError
@@ -22,24 +24,46 @@ def test_there_is_one_row_a_combination() -> None:
         assert recipes.RUNNERS[row.target] == row.device
 
 
-def test_what_can_be_trained_now() -> None:
-    assert recipes.select(*CPU).target == "toy-train"
-
-
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("recipe", "arch", "target"),
     [
-        (("lora", "llama", "cpu"), "recipe lora"),
-        (("warm-start", "llama", "cpu"), "recipe warm-start"),
-        (("vit-tiny", "vit", "cpu"), "recipe vit-tiny"),
-        (("from-scratch", "gpt2", "cpu"), "gpt2"),
+        ("from-scratch", "llama", "toy-train"),
+        ("from-scratch", "gpt2", "toy-train-gpt2"),
+        ("warm-start", "llama", "toy-train"),
+        ("warm-start", "gpt2", "toy-train-gpt2"),
+        ("lora", "llama", "toy-train-lora"),
+        ("vit-tiny", "vit", "toy-train-vit"),
     ],
 )
-def test_known_words_that_are_not_there_yet(words: tuple[str, str, str], message: str) -> None:
+def test_what_can_be_trained_now(recipe: str, arch: str, target: str) -> None:
+    row = recipes.select(recipe, arch, "cpu")
+    assert row.target == target
+    assert row.arch in recipes.INFER
+    assert row.arch in recipes.EVAL
+
+
+def test_every_runner_has_a_source_and_a_line_in_the_build() -> None:
+    lines = (ROOT / "CMakeLists.txt").read_text()
+    for name in recipes.RUNNERS:
+        assert (ROOT / "native" / "runners" / f"{name}.cpp").is_file()
+        assert re.search(rf"add_toy_runner\({name} .*SOURCES native/runners/{name}\.cpp\)", lines)
+    assert {row.target for row in recipes.MATRIX} | set(recipes.INFER.values()) <= set(recipes.RUNNERS)
+
+
+def test_every_cell_is_there_or_has_its_reason() -> None:
+    rows = {(row.recipe, row.arch) for row in recipes.MATRIX}
+    for recipe in recipes.RECIPES:
+        for arch in recipes.ARCHS:
+            assert ((recipe, arch) in rows) != ((recipe, arch) in recipes.NONSENSE)
+
+
+@pytest.mark.parametrize("words", recipes.NONSENSE)
+def test_what_makes_no_sense_says_why(words: tuple[str, str]) -> None:
     with pytest.raises(ToyError) as caught:
-        recipes.select(*words)
+        recipes.select(*words, "cpu")
     assert caught.value.kind == "not_available"
-    assert message in caught.value.message
+    assert f"{words[0]} cannot train {words[1]}: " in caught.value.message
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -104,6 +128,25 @@ def test_availability_lists_everything_with_reasons() -> None:
     assert all(row["available"] or row["reason"] for row in rows)
 
 
-def test_no_recipe_starts_from_a_gguf_yet() -> None:
-    assert recipes.accepts("llama", ["F32"]) == []
-    assert recipes.accepts("nonsense") == []
+@pytest.mark.parametrize(
+    ("architecture", "types", "kind", "found"),
+    [
+        ("llama", ["F32"], "model", ["warm-start", "lora"]),
+        ("llama", ["Q4_K", "Q6_K", "F32"], "model", ["warm-start", "lora"]),
+        ("llama", ["IQ2_XS", "F32"], "model", ["warm-start"]),
+        ("qwen2", ["Q8_0", "F32"], "model", ["lora"]),
+        ("gpt2", ["F16", "F32"], "model", ["warm-start"]),
+        ("vit", ["F32"], "model", []),
+        ("llama", ["F32"], "adapter", []),
+        ("llama", [], "model", []),
+        ("nonsense", ["F32"], "model", []),
+    ],
+)
+def test_what_starts_from_a_gguf(architecture: str, types: list[str], kind: str, found: list[str]) -> None:
+    assert recipes.accepts(architecture, types, kind) == found
+
+
+def test_a_donor_brings_its_architecture() -> None:
+    assert recipes.any_row("warm-start", "llama", "cpu", asked=False).recipe == "warm-start"
+    with pytest.raises(ToyError, match="warm-start cannot train vit"):
+        recipes.any_row("warm-start", "vit", "cpu", asked=True)

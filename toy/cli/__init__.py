@@ -20,14 +20,27 @@ class Entry(NamedTuple):
     help: str
     group: str
     format: str  # of the JSON document that --json prints
+    verbs: tuple[str, ...] = ()  # subcommands whose documents have a format of their own, toy/runs-show-v1
 
 
 COMMANDS: dict[str, Entry] = {
     "new": Entry("toy.cli.new", "Make a project: toy.yml, a corpus, runs/.", "Train", "toy/new-v1"),
     "train": Entry("toy.cli.train", "Train a model; leaves a run bundle and a GGUF.", "Train", "toy/train-v1"),
-    "runs": Entry("toy.cli.runs", "The runs of this project: state, losses, speed.", "Train", "toy/runs-v1"),
-    "gate": Entry("toy.cli.gate", "Record a run's step lines, or check a run against them.", "Train", "toy/gate-v1"),
-    "infer": Entry("toy.cli.infer", "Generate text with a GGUF or a run.", "Models", "toy/infer-v1"),
+    "runs": Entry(
+        "toy.cli.runs",
+        "The runs of this project: list, show, compare, plot, remove.",
+        "Train",
+        "toy/runs-v1",
+        ("show", "compare", "plot", "rm"),
+    ),
+    "gate": Entry("toy.cli.gate", "Hold a run to stored step lines, or to metrics.", "Train", "toy/gate-v1"),
+    "data": Entry("toy.cli.data", "Look at a corpus as tokens, with what is learned.", "Train", "toy/data-show-v1"),
+    "infer": Entry("toy.cli.infer", "Generate text, or class images, with a GGUF or a run.", "Models", "toy/infer-v1"),
+    "eval": Entry("toy.cli.eval", "Measure a model: perplexity, choices, images.", "Models", "toy/eval-v1"),
+    "merge": Entry("toy.cli.merge", "A model and its LoRA adapter as one model.", "Models", "toy/merge-v1"),
+    "export": Entry(
+        "toy.cli.export", "A model for transformers, Ollama, or as another type.", "Models", "toy/export-v1"
+    ),
     "list": Entry("toy.cli.list", "The GGUF models on this machine.", "Models", "toy/list-v1"),
     "describe": Entry("toy.cli.describe", "One model: metadata, shapes, tokenizer.", "Models", "toy/describe-v1"),
     "config": Entry("toy.cli.config", "Show or validate the configuration.", "Setup", "toy/config-v1"),
@@ -159,8 +172,10 @@ def as_toy_error(error: BaseException) -> ToyError:
 
 def format_of(argv: Sequence[str]) -> str:
     """The JSON format of the command that `argv` calls, for errors that come before its parsing is done."""
-    name = next((word for word in argv if not word.startswith("-")), "")
-    return COMMANDS[name].format if name in COMMANDS else "toy/error-v1"
+    name, verb = [*(word for word in argv if not word.startswith("-")), "", ""][:2]
+    if name not in COMMANDS:
+        return "toy/error-v1"
+    return f"toy/{name}-{verb}-v1" if verb in COMMANDS[name].verbs else COMMANDS[name].format
 
 
 def report(error: ToyError, argv: Sequence[str]) -> None:

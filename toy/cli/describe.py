@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from toy.cli.common import bytes_text, count_text, emit, json_option
+
+if TYPE_CHECKING:
+    from toy.models.cards import Card
 
 
 @click.command()
@@ -20,14 +23,18 @@ def command(model: str, tensors: bool, as_json: bool) -> None:
     from toy.models import cards, resolve
 
     card = cards.read(resolve(model))
-    accepted = recipes.accepts(card.architecture, card.types)
-    runs_here = card.architecture in recipes.INFER
+    kind = str(card.metadata.get("general.type", "model"))
+    accepted = recipes.accepts(card.architecture, card.types, kind)
+    runs_here = card.architecture in recipes.INFER and kind != "adapter"
+    adapter = adapter_facts(card) if kind == "adapter" else None
     tokenizer = cards.tokenizer_summary(card.metadata)
     plain = {key: value for key, value in card.metadata.items() if not isinstance(value, list)}
     plain.pop("tokenizer.chat_template", None)
     if as_json:
         document = card.summary() | {
             "path": str(card.path.absolute()),
+            "kind": kind,
+            "adapter": adapter,
             "types": card.types,
             "shape": card.shape(),
             "tokenizer": tokenizer,
@@ -46,13 +53,14 @@ def command(model: str, tensors: bool, as_json: bool) -> None:
     )
     rows = [
         ("architecture", card.architecture),
+        *([("adapter", adapter_text(adapter))] if adapter else []),
         ("parameters", f"{count_text(card.parameters)} ({card.parameters:,}) in {len(card.tensors)} tensors"),
         ("types", kinds or "-"),
         ("size", bytes_text(card.size)),
         ("shape", shape or "-"),
         ("tokenizer", _tokenizer_text(tokenizer)),
         ("chat template", "yes" if tokenizer and tokenizer["chat_template"] else "no"),
-        ("toy infer", "yes" if runs_here else f"no: architecture {card.architecture}"),
+        ("toy infer", "yes" if runs_here else f"no: {_why_not(card.architecture, kind)}"),
         ("recipes", " ".join(accepted) or "none"),
     ]
     for name, value in rows:
@@ -65,6 +73,27 @@ def command(model: str, tensors: bool, as_json: bool) -> None:
     click.echo("  tensors")
     for line in _tensor_lines(card.tensors, tensors):
         click.echo(f"    {line}")
+
+
+def _why_not(architecture: str, kind: str) -> str:
+    return "an adapter runs with its base: --adapter" if kind == "adapter" else f"architecture {architecture}"
+
+
+def adapter_facts(card: Card) -> dict[str, Any]:
+    """What an adapter in llama.cpp's format says of itself."""
+    pairs = [tensor for tensor in card.tensors if tensor["name"].endswith(".lora_a")]
+    stems = [re.sub(r"^blk\.\d+\.|\.weight\.lora_a$", "", tensor["name"]) for tensor in pairs]
+    return {
+        "rank": int(pairs[0]["shape"][-1]) if pairs else 0,
+        "alpha": card.metadata.get("adapter.lora.alpha"),
+        "targets": sorted(set(stems)),
+        "base_sha256": card.metadata.get("toy.lora.base_sha256"),
+    }
+
+
+def adapter_text(adapter: dict[str, Any]) -> str:
+    of = f", of the base {adapter['base_sha256'][:12]}…" if adapter["base_sha256"] else ""
+    return f"lora, rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {', '.join(adapter['targets'])}{of}"
 
 
 def _tokenizer_text(tokenizer: dict[str, Any] | None) -> str:

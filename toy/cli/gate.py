@@ -1,8 +1,9 @@
-"""`toy gate`: record a run's step lines, and check another run against them, byte for byte."""
+"""`toy gate`: a run's step lines against stored ones, byte for byte; a run's metrics against thresholds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,25 +15,28 @@ FORMAT = "toy/gate-v1"
 
 def losses_file(run: str) -> Path:
     """The step lines of a run: its id, its directory, `runs/latest`, or a losses.txt."""
-    from toy.runs import find_run
+    from toy.runs import choose_run
 
     path = Path(run).expanduser()
-    return path if path.is_file() else find_run(run) / "losses.txt"
+    return path if path.is_file() else choose_run(run) / "losses.txt"
 
 
 @click.group(invoke_without_command=True)
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Record a run's step lines, or check a run against them.
+    """Record a run's step lines, check a run against them, or hold its metrics to thresholds.
 
     \b
     toy gate record runs/latest data/gates/mine.txt
     toy gate check  runs/latest data/gates/mine.txt
+    toy gate metric runs/latest 'val_loss<=1.9'
     """
     if ctx.invoked_subcommand is None:
         raise ToyError(
-            "bad_flag", "toy gate needs a verb: record or check", "`toy gate check RUN FILE` compares byte for byte"
+            "bad_flag",
+            "toy gate needs a verb: record, check or metric",
+            "`toy gate check RUN FILE` compares byte for byte",
         )
 
 
@@ -80,3 +84,40 @@ def check(run: str, file: Path, as_json: bool) -> None:
         emit(FORMAT, {"verb": "check", "run": run, "file": str(file.absolute()), "steps": len(want), "equal": True})
     else:
         click.echo(f"equal: {len(want)} step lines, byte for byte")
+
+
+@command.command("metric")
+@click.argument("run")
+@click.argument("expressions", nargs=-1, required=True, metavar="EXPRESSION...")
+@json_option
+def metric(run: str, expressions: tuple[str, ...], as_json: bool) -> None:
+    """Hold RUN to every EXPRESSION, `'val_loss<=1.9'` say; exit 1 where one fails.
+
+    Metrics: val_loss, best_val_loss, final_loss, accuracy, perplexity, tokens_per_second, steps. Operators: < <= > >=
+    ==. The verdict is noted in the run's events, apart from how the run ended.
+    """
+    from toy.runs import choose_run, metrics
+
+    checks = [metrics.parse(text) for text in expressions]
+    path = choose_run(run)
+    verdict = metrics.judge(path, checks)
+    metrics.note(path, verdict)
+    document = {"verb": "metric", "run": str(path), **verdict}
+    failed = [check for check in verdict["checks"] if not check["passed"]]
+    if failed:
+        words = "; ".join(f"{check['metric']} = {number(check['value'])}, not {words_of(check)}" for check in failed)
+        hint = "train longer or with other knobs; `toy runs compare` puts runs beside each other"
+        raise ToyError("gate_mismatch", f"{path.name}: {words}", hint, data=document)
+    if as_json:
+        emit(FORMAT, document)
+    else:
+        for check in verdict["checks"]:
+            click.echo(f"passed: {check['metric']} = {number(check['value'])} {words_of(check)}")
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6g}"
+
+
+def words_of(check: dict[str, Any]) -> str:
+    return f"{check['operator']} {check['threshold']:g}"

@@ -1,4 +1,4 @@
-"""`toy infer`: text out of a GGUF or a run."""
+"""`toy infer`: text out of a GGUF or a run, or the classes that a vit sees in images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from toy.errors import ToyError
 
 @click.command()
 @click.argument("model", metavar="MODEL|RUN")
+@click.option("--adapter", metavar="FILE|RUN", help="A LoRA adapter over MODEL; a lora run brings its own.")
+@click.option(
+    "--image", "images", multiple=True, metavar="FILE", help="An image to class, with a vit; can be repeated."
+)
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Classes shown for an image.")
 @click.option("--prompt", help="Text to continue. Without one, standard input when piped, else a new document begins.")
 @click.option("--prompt-ids", metavar="1,2,3", help="Token ids to continue, in place of text.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
@@ -32,8 +37,13 @@ from toy.errors import ToyError
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @click.option("-v", "--verbose", is_flag=True, help="Say tokens/s on stderr.")
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
+    adapter: str | None,
+    images: tuple[str, ...],
+    top: int,
     prompt: str | None,
     prompt_ids: str | None,
     chat: bool,
@@ -49,18 +59,22 @@ def command(
     verbose: bool,
     as_json: bool,
 ) -> None:
-    """Continue a prompt with MODEL: a GGUF, a run (`runs/latest`), or a name that `toy list` shows.
+    """Continue a prompt with MODEL: a GGUF, a run (`runs/latest`), or a name that `toy list` shows; or class images.
 
     The continuation goes to stdout as it comes; it ends at --n tokens, at a token that ends the text, or where the
-    context is full.
+    context is full. A lora run is its adapter over its base.
     """
-    from toy.models import cards, resolve
+    from toy.models import adapters
     from toy.models.generate import Sampling, describe_logprobs, generate, target
 
     _check_flags(prompt, prompt_ids, chat, logprobs, as_json)
-    path = resolve(model)
-    card = cards.read(path)
+    card, lora = adapters.choose(model, adapter)
+    path = card.path
     target(card, device)  # what cannot run is said before the tokenizer is made
+    _check_kind(ctx, card.architecture)
+    if images:
+        _classify(card, images, top, threads, device, as_json)
+        return
     tokenizer = _tokenizer(card.path, required=prompt_ids is None)
     text = None
     if prompt_ids is not None:
@@ -90,6 +104,7 @@ def command(
             context=context,
             logprobs=logprobs,
             device=device,
+            adapter=lora,
             on_token=show,
         )
     except ToyError:
@@ -99,6 +114,7 @@ def command(
     if as_json:
         answer: dict[str, Any] = {
             "model": str(path.absolute()),
+            "adapter": str(lora.path.absolute()) if lora else None,
             "prompt": text,
             "prompt_ids": ids,
             "text": _text(tokenizer, made.ids),
@@ -122,6 +138,48 @@ def _check_flags(prompt: str | None, prompt_ids: str | None, chat: bool, logprob
         raise ToyError("bad_flag", "--chat needs text, not --prompt-ids", "give the message with --prompt")
     if logprobs and not as_json:
         raise ToyError("bad_flag", "--logprobs shows in the JSON document only", "add --json")
+
+
+def _check_kind(ctx: click.Context, architecture: str) -> None:
+    """Refuse flags of text with a vit, and of images with anything else."""
+    from click.core import ParameterSource
+
+    given = {
+        option.opts[0]
+        for option in ctx.command.params
+        if option.name and ctx.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    }
+    if architecture != "vit":
+        for flag in ("--image", "--top"):
+            if flag in given:
+                hint = "give --prompt" if flag == "--image" else "--top-k is for drawing tokens, --logprobs shows them"
+                raise ToyError("bad_flag", f"{flag}, and the model is a {architecture}, which reads text", hint)
+        return
+    text = given - {"model", "--image", "--top", "--threads", "--device", "--verbose", "-v", "--json"}
+    if text:
+        raise ToyError("bad_flag", f"{min(text)}, and the model is a vit, which sees images", "give --image FILE")
+    if "--image" not in given:
+        raise ToyError("bad_flag", "the model is a vit, and there is no image", "give --image FILE")
+
+
+def _classify(card: Any, images: tuple[str, ...], top: int, threads: int, device: str, as_json: bool) -> None:
+    """The likeliest classes of each image, as a small table."""
+    from toy.models import generate
+
+    found = generate.classify(card, images, top, threads=threads, device=device)
+    if as_json:
+        rows = [
+            {"image": image, "classes": [{"class": name, "probability": p} for name, p in classes]}
+            for image, classes in zip(images, found, strict=True)
+        ]
+        emit("toy/infer-v1", {"model": str(card.path.absolute()), "adapter": None, "images": rows})
+        return
+    wide = max(len(name) for classes in found for name, _ in classes)
+    for image, classes in zip(images, found, strict=True):
+        if len(images) > 1:
+            click.echo(f"{image}:")
+        for name, p in classes:
+            click.echo(f"{'  ' if len(images) > 1 else ''}{name:<{wide}}  {100 * p:6.2f} %")
 
 
 def _ids(stated: str) -> list[int]:

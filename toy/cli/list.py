@@ -47,7 +47,8 @@ def _row(found: Any) -> dict[str, Any]:
         "error": found.error,
     }
     if card is not None:
-        row |= card.summary() | {"recipes": recipes.accepts(card.architecture, card.types)}
+        kind = str(card.metadata.get("general.type", "model"))
+        row |= card.summary() | {"kind": kind, "recipes": recipes.accepts(card.architecture, card.types, kind)}
     return row
 
 
@@ -58,7 +59,7 @@ def _table(models: list[dict[str, Any]]) -> None:
             (
                 model["name"],
                 model["source"],
-                model["architecture"],
+                model["architecture"] + (" adapter" if model["kind"] == "adapter" else ""),
                 count_text(model["parameters"]),
                 model["quantisation"],
                 bytes_text(model["size"]),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toy import config
+from toy import config, recipes
 from toy.cli.common import bytes_text, count_text, duration_text, emit
 from toy.errors import shown
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FORMAT = "toy/plan-v1"
 #: Share of this machine's matrix-product speed that a training step reaches, where no earlier run says better.
 TYPICAL_SHARE = 0.5
-PARTS = ("weights", "gradients", "moments", "compute", "inputs", "work", "corpus", "runtime")
+PARTS = ("base", "weights", "gradients", "moments", "compute", "inputs", "work", "corpus", "runtime")
 
 
 def gemm_rate() -> float:
@@ -50,18 +50,12 @@ def earlier_rate(job: Job) -> tuple[float, str] | None:
 
 def make_plan(job: Job) -> dict[str, Any]:
     """The document of `toy train --dry-run`."""
-    from toy import corpora
     from toy.cli.train import disk_bytes, native_plan
     from toy.runners import is_built
 
-    data, asked = job.config.data, job.config.model.vocab_size
-    vocab_size = corpora.vocabulary_size(data.corpus, data.tokenizer, asked)
-    resolved = config.resolve(job.config, vocab_size=vocab_size)
+    resolved, n_tokens = job.inputs.guess(exact=True)
     config.check(resolved, job.loaded.origins)
-    n_tokens = corpora.token_count(data.corpus, data.tokenizer, asked, job.cache)
-    if data.val_corpus:
-        n_tokens += corpora.token_count(data.val_corpus, data.tokenizer, asked, job.cache)
-    plan = native_plan(resolved, n_tokens)
+    plan = native_plan(resolved, n_tokens, job.inputs.base)
     work = plan["flops_per_token"] * plan["tokens_per_step"] * resolved.train.steps
     earlier = earlier_rate(job)
     if earlier is not None:
@@ -71,7 +65,7 @@ def make_plan(job: Job) -> dict[str, Any]:
         basis = f"half of this machine's matrix-product speed, {2 * rate / 1e9:.0f} GFLOP/s"
     run = job.out or job.runs / job.loaded.run_id_template
     files = ["config.json", "config.kv", "meta.json", "events.jsonl", "losses.txt", "loss.svg"]
-    files += ["checkpoints/step_<N>/", "checkpoints/latest", "weights/model.gguf"]
+    files += ["checkpoints/step_<N>/", "checkpoints/latest", f"weights/{recipes.gguf_name(resolved.run.recipe)}"]
     return {
         "recipe": resolved.run.recipe,
         "arch": resolved.run.arch,
@@ -79,10 +73,12 @@ def make_plan(job: Job) -> dict[str, Any]:
         "runner": job.row.target,
         "built": is_built([job.row.target], resolved.run.build),
         "parameters": plan["parameters"],
+        "total_parameters": plan.get("total_parameters", plan["parameters"]),
         "vocab_size": resolved.model.vocab_size,
         "memory": {part: plan[part] for part in PARTS if part in plan} | {"total": plan["total"]},
         "disk_bytes": disk_bytes(plan, resolved),
         "tokens_per_step": plan["tokens_per_step"],
+        "items_per_step": resolved.train.batch if resolved.run.arch == "vit" else plan["tokens_per_step"],
         "steps": resolved.train.steps,
         "tokens": plan["tokens_per_step"] * resolved.train.steps,
         "flops_per_token": plan["flops_per_token"],
@@ -100,25 +96,28 @@ def show_plan(job: Job, as_json: bool) -> None:
     if as_json:
         emit(FORMAT, plan)
         return
-    memory = plan["memory"]
+    memory, model = plan["memory"], plan["config"]["model"]
+    adapts, sees = plan["recipe"] == "lora", plan["arch"] == "vit"
+    unit = "images" if sees else "tokens"
+    what, size = ("classes         ", model["n_class"]) if sees else ("vocabulary      ", model["vocab_size"])
     lines = [
         f"{plan['recipe']} {plan['arch']} on {plan['device']}, runner {plan['runner']}"
         + ("" if plan["built"] else " (to be built first)"),
         f"parameters      {plan['parameters']:>15,}  {count_text(plan['parameters'])}",
-        f"vocabulary      {plan['vocab_size']:>15,}",
+        *([f"with the base   {plan['total_parameters']:>15,}  {count_text(plan['total_parameters'])}"] * adapts),
+        f"{what}{size:>15,}",
         "memory, bytes",
     ]
-    lines += [
-        f"  {part:<13} {memory[part]:>15,}  {bytes_text(memory[part])}" for part in (*PARTS, "total") if part in memory
-    ]
+    parts = [part for part in (*PARTS, "total") if memory.get(part)]
+    lines += [f"  {part:<13} {memory[part]:>15,}  {bytes_text(memory[part])}" for part in parts]
     lines += [
         f"disk, at most   {plan['disk_bytes']:>15,}  {bytes_text(plan['disk_bytes'])}",
-        f"tokens a step   {plan['tokens_per_step']:>15,}",
-        f"tokens          {plan['tokens']:>15,}  in {plan['steps']:,} steps",
+        f"{unit} a step   {plan['items_per_step']:>15,}",
+        f"{unit}          {plan['items_per_step'] * plan['steps']:>15,}  in {plan['steps']:,} steps",
         f"estimated time  {duration_text(plan['seconds']):>15}  from {plan['seconds_basis']}",
         "would write",
         *(f"  {shown(file)}" for file in plan["files"]),
-        f"  {shown(plan['packed_tokens'])}/  (packed tokens, unless they are there)",
+        f"  {shown(plan['packed_tokens'])}/  (packed {unit}, unless they are there)",
         "nothing was written",
     ]
     click.echo("\n".join(lines))

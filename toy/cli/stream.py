@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from toy import config
+from toy import config, recipes
 from toy.cli.common import bytes_text, count_text, duration_text, emit, quote, say
 from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, KINDS, ToyError, one_line, shown
 from toy.runs import Claim, curve, events, point_latest
@@ -32,13 +32,14 @@ class Training:
         self.job, self.cfg, self.claim, self.as_json = job, cfg, claim, as_json
         self.run: Path = claim.path
         self.losses: list[str] = []
-        self.step = 0
+        self.step = (job.resumed_from or {}).get("step") or 0
         self.file: TextIO | None = None
         self.follower = events.Follower(self.run)
         self.curve = curve.Curve(self.run)
         self.start: dict[str, Any] = {}
         self.end: dict[str, Any] | None = None
         self.best: tuple[int, float] | None = None
+        self.accuracy: float | None = None  # vit: of the last validation
         self.error: ToyError | None = None
         self.view: View = Silent() if as_json else (Live(cfg) if on_terminal() else Lines())
         self.begun = time.monotonic()
@@ -92,6 +93,7 @@ class Training:
                 self.best = min(
                     self.best or (0, math.inf), (event["step"], event["val_loss"]), key=lambda best: best[1]
                 )
+                self.accuracy = event.get("accuracy")
             self.view.event(event)
             self.curve.take(event)
 
@@ -130,6 +132,8 @@ class Training:
             return None
         if error.kind == "interrupted":
             at = f"stopped at step {self.step} of {self.cfg.train.steps}"
+            if (self.end or {}).get("reason") == "stop_after":
+                at += f", after the {duration_text(self.cfg.run.stop_after)} of run.stop_after"
             checkpoint = self.checkpoint()
             where = f"; checkpoint: {shown(checkpoint)}" if checkpoint else "; no checkpoint was saved"
             return ToyError("interrupted", at + where, self.resume_hint())
@@ -161,6 +165,7 @@ class Training:
             "tokens_per_second": speed,
             "seconds": round(time.monotonic() - self.begun, 3),
             "peak_rss_bytes": None,
+            "accuracy": self.accuracy,
             "gguf": None,
             "checkpoint": str(self.checkpoint()) if self.checkpoint() else None,
             "error": error.as_json() if error else None,
@@ -174,11 +179,14 @@ class Training:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
+    def gguf(self) -> Path:
+        """What the run leaves: its model, or its adapter."""
+        return self.run / "weights" / recipes.gguf_name(self.cfg.run.recipe)
+
     def document(self) -> dict[str, Any]:
         """`toy/train-v1`."""
         end, cfg = self.end or {}, self.cfg
-        gguf = self.run / "weights" / "model.gguf"
-        checkpoint = self.checkpoint()
+        gguf, checkpoint = self.gguf(), self.checkpoint()
         return {
             "run_id": self.run.name,
             "run_dir": str(self.run),
@@ -195,13 +203,18 @@ class Training:
             "val_loss": end.get("val_loss"),
             "best_val_loss": end.get("best_val_loss"),
             "best_step": end.get("best_step"),
+            "accuracy": end.get("accuracy", self.accuracy),
             "tokens_per_second": end.get("tokens_per_second"),
+            "sequences_per_second": end.get("sequences_per_second", self.view.sequences),
             "tokens_per_step": self.start.get("tokens_per_step"),
             "parameters": self.start.get("parameters"),
+            "total_parameters": self.start.get("total_parameters", self.start.get("parameters")),
+            "resumed_from": self.job.resumed_from,
             "peak_rss_bytes": end.get("peak_rss_bytes"),
             "memory": self.start.get("memory"),
             "checkpoint": str(checkpoint) if checkpoint else None,
             "gguf": str(gguf) if gguf.is_file() else None,
+            "base": self.cfg.lora.base or None,
             "seconds": end.get("seconds"),
             "sample": None,
             "error": None,
@@ -215,22 +228,25 @@ class Training:
                 raise self.error
             emit(FORMAT, document | {"error": self.error.as_json()})
             raise SystemExit(self.error.exit_code)
-        prompt, text = self.sample(document["gguf"]) if sample and document["gguf"] else ("", None)
+        prompt, text = self.sample(self.gguf()) if sample and document["gguf"] else ("", None)
         if self.as_json:
             emit(FORMAT, document | {"sample": text})
             return
         self.summary(document, prompt, text)
 
-    def sample(self, gguf: str) -> tuple[str, str | None]:
+    def sample(self, gguf: Path) -> tuple[str, str | None]:
         """A prompt and some text of the new model. A model that cannot be sampled is still a model: it only warns."""
-        try:
-            from toy.cli.infer import sample_text
-        except ImportError:
+        from toy.models.generate import sample_text
+
+        if self.cfg.run.arch == "vit":
             return "", None
+        model, more = gguf, dict[str, Any]()
+        if self.cfg.run.recipe == "lora":
+            model, more = Path(self.cfg.lora.base), {"adapter": gguf}
         problem: Exception | None = None
         for prompt in ("The", "\n", "a"):  # no space at the end: bpe puts it before the next word
             try:
-                return prompt, sample_text(gguf, prompt, SAMPLE_TOKENS, self.cfg.run.seed)
+                return prompt, sample_text(model, prompt, SAMPLE_TOKENS, self.cfg.run.seed, **more)
             except Exception as error:
                 problem = problem or error
         say(f"warning: no sample: {one_line(problem)}")
@@ -243,12 +259,13 @@ class Training:
             best = ""
             if document["best_step"] not in (None, document["step"]):
                 best = f" (best {document['best_val_loss']:.4f} at step {document['best_step']})"
-            lines.append(f"validation loss {document['val_loss']:.4f}{best}")
-        speed = document["tokens_per_second"]
+            right = f", {100 * document['accuracy']:.2f} % right" if document["accuracy"] is not None else ""
+            lines.append(f"validation loss {document['val_loss']:.4f}{best}{right}")
+        speed, unit = speed_of(self.cfg, document["tokens_per_second"], document["sequences_per_second"])
         numbers = [
             f"{document['step']} steps in {duration_text(document['seconds'] or 0)}",
-            f"{speed:,.0f} tokens/s" if speed else "",
-            f"{count_text(document['parameters'])} parameters" if document["parameters"] else "",
+            f"{speed:,.0f} {unit}" if speed else "",
+            parameters_text(document["parameters"], document["total_parameters"]),
             f"{bytes_text(document['peak_rss_bytes'])} of memory" if document["peak_rss_bytes"] else "",
         ]
         lines.append(", ".join(number for number in numbers if number))
@@ -258,10 +275,29 @@ class Training:
             shown_text = text if text.startswith(prompt) else prompt + text
             lines += ["", *("    " + line for line in shown_text.strip("\n").splitlines()[:20]), ""]
         if document["gguf"]:
-            lines.append(f"model: {shown(document['gguf'])}")
-            lines.append(f"run it: toy infer {quote(shown(self.run))} --prompt {quote(prompt or 'The')}")
+            what = "adapter" if document["base"] else "model"
+            lines.append(f"{what}: {shown(document['gguf'])}")
+            lines.append(f"run it: {self.infer_command(prompt)}")
         out = sys.stdout if sys.stdout.isatty() else sys.stderr
         click.echo("\n".join(lines), file=out)
+
+    def infer_command(self, prompt: str) -> str:
+        """A lora run brings its base, so that every run is named alike."""
+        words = "--image FILE" if self.cfg.run.arch == "vit" else f"--prompt {quote(prompt or 'The')}"
+        return f"toy infer {quote(shown(self.run))} {words}"
+
+
+def speed_of(cfg: config.Config, tokens: float | None, sequences: float | None) -> tuple[float | None, str]:
+    """Speed in what this recipe's data is counted in."""
+    return (sequences, "images/s") if cfg.run.arch == "vit" else (tokens, "tokens/s")
+
+
+def parameters_text(trainable: int | None, total: int | None) -> str:
+    """`5.41 M parameters`; of an adapter, `0.92 M of 135.44 M parameters`."""
+    if not trainable:
+        return ""
+    some = f"{count_text(trainable)} of " if total and total != trainable else ""
+    return f"{some}{count_text(total or trainable)} parameters"
 
 
 # --- what is shown meanwhile ----------------------------------------------------------------------------------------
@@ -274,7 +310,8 @@ def on_terminal() -> bool:
 class View:
     """What a person or a pipe sees while it runs."""
 
-    speed: float | None = None
+    speed: float | None = None  # tokens a second
+    sequences: float | None = None  # sequences (or images) a second
 
     def __enter__(self) -> View:
         return self
@@ -286,8 +323,9 @@ class View:
         pass
 
     def event(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and isinstance(event.get("tokens_per_second"), (int, float)):
-            self.speed = event["tokens_per_second"]
+        if event["kind"] == "step":
+            self.speed = event.get("tokens_per_second") or self.speed
+            self.sequences = event.get("sequences_per_second") or self.sequences
 
     def note(self, text: str) -> None:
         say(text)
@@ -314,6 +352,7 @@ class Live(View):
         from toy.cli.common import console
 
         self.console = console()
+        self.cfg = cfg
         self.total = cfg.train.steps
         self.val_loss = ""
         self.rate: float | None = None  # steps a second, smoothed
@@ -339,15 +378,19 @@ class Live(View):
         super().event(event)
         if event["kind"] == "run_start":
             memory = (event.get("memory") or {}).get("total") or 0
+            items = f"{event.get('tokens_per_step') or 0:,} tokens"
+            if self.cfg.run.arch == "vit":
+                items = f"{self.cfg.train.batch:,} images"
             self.progress.console.print(
-                f"{count_text(event.get('parameters') or 0)} parameters, "
-                f"{event.get('tokens_per_step') or 0:,} tokens a step, {event.get('threads')} threads, "
-                f"{bytes_text(memory)} of memory"
+                f"{parameters_text(event.get('parameters'), event.get('total_parameters'))}, "
+                f"{items} a step, {event.get('threads')} threads, {bytes_text(memory)} of memory"
             )
         elif event["kind"] == "eval" and isinstance(event.get("val_loss"), (int, float)):
             self.val_loss = f" val {event['val_loss']:.4f}"
             star = " (best so far)" if event.get("best") else ""
-            self.progress.console.print(f"step {event['step']}: validation loss {event['val_loss']:.4f}{star}")
+            accuracy = event.get("accuracy")
+            right = f", {100 * accuracy:.2f} % right" if isinstance(accuracy, (int, float)) else ""
+            self.progress.console.print(f"step {event['step']}: validation loss {event['val_loss']:.4f}{right}{star}")
         elif event["kind"] == "step":
             self.show(event)
 
@@ -360,8 +403,9 @@ class Live(View):
         left = f" {duration_text(max(1, round((self.total - step) / self.rate)))} left" if self.rate else ""
         loss = event.get("loss")
         numbers = f"loss {loss:.4f}" if isinstance(loss, (int, float)) else "loss ?"
-        rate, speed = event.get("learning_rate") or 0, event.get("tokens_per_second") or 0
-        numbers += f"{self.val_loss} lr {rate:.2e} {speed:,.0f} tok/s{left}"
+        speed, unit = speed_of(self.cfg, self.speed, self.sequences)
+        unit = unit.replace("tokens", "tok")
+        numbers += f"{self.val_loss} lr {event.get('learning_rate') or 0:.2e} {speed or 0:,.0f} {unit}{left}"
         self.progress.update(self.task, completed=step, description=f"step {step}/{self.total}", numbers=numbers)
 
     def note(self, text: str) -> None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from toy import config, recipes
-from toy.cli.common import bytes_text, json_option, say
+from toy.cli.common import bytes_text, json_option, progress_bar, say
 from toy.config import KNOBS, Given, Loaded
 from toy.errors import ToyError, os_errors, shown
 
 if TYPE_CHECKING:
+    from toy.cli.inputs import Inputs
     from toy.runs import Claim
 
 FORMAT = "toy/train-v1"
@@ -32,7 +31,11 @@ KNOB_FLAGS = {
     "--seed": "run.seed",
     "--threads": "run.threads",
     "--corpus": "data.corpus",
+    "--images": "data.images",
+    "--init": "model.init",
+    "--rank": "lora.rank",
     "--resume": "checkpoint.resume",
+    "--stop-after": "run.stop_after",
     "--name": "run.name",
 }
 
@@ -40,22 +43,21 @@ KNOB_FLAGS = {
 def knob_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for flag, key in reversed(KNOB_FLAGS.items()):
         knob = KNOBS[key]
-        metavar = "PATH" if knob.path else None
-        option = click.option(flag, type=str if knob.type is str else knob.type, metavar=metavar, help=knob.doc)
-        function = option(function)
+        metavar = "PATH" if knob.path else "TIME" if knob.duration else "|".join(knob.choices) or None
+        homes = f" ({', '.join(recipes.RECIPE_FLAGS[flag])})" if flag in recipes.RECIPE_FLAGS else ""
+        doc = knob.doc.rstrip(".") + f"{homes}."
+        text = knob.type is str or knob.duration
+        function = click.option(flag, type=str if text else knob.type, metavar=metavar, help=doc)(function)
     return function
 
 
 @click.command()
 @click.argument("recipe_word", metavar="[RECIPE]", required=False)
 @knob_options
+@click.option("--model", metavar="GGUF", help="GGUF, run or name to start from (warm-start: donor, lora: base).")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file, or a run's config.json.")
 @click.option("--preset", help="Shipped values to start from: " + ", ".join(config.preset_names()) + ".")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any knob: --set train.batch=8.")
-@click.option("--model", metavar="GGUF", help="Base model (warm-start, lora).")
-@click.option("--init", metavar="GGUF", help="Initial weights (warm-start).")
-@click.option("--rank", type=int, help="Rank of the adapter (lora).")
-@click.option("--images", metavar="PATH", help="Folder of images (vit-tiny).")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the run, instead of runs/<run_id>.")
 @click.option("--dry-run", is_flag=True, help="Say what it would need and write; write nothing.")
 @click.option("--no-sample", is_flag=True, help="No sample of text at the end.")
@@ -75,8 +77,11 @@ def command(
 
     \b
     toy train
-    toy train from-scratch --preset tiny
-    toy train --corpus book.txt --set data.tokenizer=chars --steps 500
+    toy train --preset nanogpt-char --corpus tinyshakespeare.txt
+    toy train warm-start --model runs/latest --corpus book.txt
+    toy train lora --model MODEL.gguf --corpus answers.jsonl --rank 16
+    toy train vit-tiny --images photos/
+    toy train --resume runs/latest --steps 2000
 
     `toy config show --doc` lists every knob. Ctrl-C saves a checkpoint and stops.
     """
@@ -97,8 +102,9 @@ class Job:
     row: recipes.Row
     project: Path | None
     out: Path | None  # --out, absolute
-    cache: Path  # of packed tokens
-    needs: dict[str, Any] = field(default_factory=dict)  # memory and disk, as far as known before packing
+    cache: Path  # of packed data
+    inputs: Inputs
+    resumed_from: dict[str, Any] | None = None  # run_id, step
 
     @property
     def config(self) -> config.Config:
@@ -122,9 +128,10 @@ def prepare_job(
     sets: tuple[str, ...],
     out: Path | None,
 ) -> Job:
-    """Everything that can be refused, refused: words, flags, configuration, paths, corpus, memory, disk."""
+    """Everything that can be refused, refused: words, flags, configuration, base, data, paths, memory, disk."""
     from toy import corpora
-    from toy.runs import check_out, check_template, check_writable, find_checkpoint, find_project
+    from toy.cli.inputs import INPUTS
+    from toy.runs import check_out, check_template, check_writable, find_project
 
     if recipe_word is not None:
         if flags["recipe"] not in (None, recipe_word):
@@ -133,56 +140,111 @@ def prepare_job(
         flags["recipe"] = recipe_word
     project = find_project()
     given = {
-        key: Given(flags[flag.strip("-")], flag, quoted=True, base=Path.cwd())
+        key: Given(value, flag, quoted=KNOBS[key].type is str, base=Path.cwd())
         for flag, key in KNOB_FLAGS.items()
-        if flags[flag.strip("-")] is not None
+        if (value := flags[flag.strip("-").replace("-", "_")]) is not None
     }
     if flags["resume"] is not None:
-        checkpoint = find_checkpoint(flags["resume"], project)
+        checkpoint = find_whole(flags["resume"], project)
         given["checkpoint.resume"] = Given(str(checkpoint), "--resume", quoted=True)
         if config_file is None and (checkpoint.parent.parent / "config.json").is_file():
             config_file = checkpoint.parent.parent / "config.json"  # what is resumed keeps its own configuration
-    loaded = config.load(project=project, config_file=config_file, preset=preset, sets=sets, flags=given)
+    layers = config.gather(project=project, config_file=config_file, preset=preset, sets=sets, flags=given)
+    check_flags(layers, flags)
+    if flags["model"] is not None:
+        layers.given[recipes.WITH_BASE[layers.recipe]] = Given(flags["model"], "--model", quoted=True, base=Path.cwd())
+    loaded = config.build(layers)
     cfg = loaded.config
-    words = (cfg.run.recipe, cfg.run.arch, cfg.run.device)
-    recipes.check_words(*words, loaded.origins, [key for key in given if key.startswith("run.")])
-    row = recipes.select(*words)
+    recipes.check_words(cfg.run.recipe, cfg.run.arch, cfg.run.device, loaded.origins, flag_keys(given))
+    resumed_from = check_resume(cfg, loaded, project)
+    cache = corpora.default_cache_dir(project)
+    # a donor brings its architecture: whether there is a runner is asked of what is known then
+    early = recipes.any_row(cfg.run.recipe, cfg.run.arch, cfg.run.device, loaded.origins["run.arch"] != "default")
+    inputs = INPUTS[cfg.run.recipe](loaded, early, project, cache)
+    inputs.settle()
+    row = inputs.row = recipes.select(cfg.run.recipe, cfg.run.arch, cfg.run.device)
     recipes.check_knobs(row, cfg.train.dtype, loaded.origins["train.dtype"])
-    recipes.check_flags(cfg.run.recipe, [f"--{name}" for name, value in flags.items() if value is not None])
     check_template(loaded.run_id_template, loaded.template_origin)
-    check_resume(cfg, loaded, project)
     if out is not None:
         out = Path(os.path.abspath(out.expanduser()))
         check_out(out)
-    job = Job(loaded, row, project, out, corpora.default_cache_dir(project))
+    job = Job(loaded, row, project, out, cache, inputs, resumed_from)
     if out is None:
         check_writable(job.runs)
-    corpora.check(cfg.data.corpus, cfg.data.tokenizer, cfg.model.vocab_size, cfg.model.context)
-    if cfg.data.val_corpus:
-        corpora.check(cfg.data.val_corpus, cfg.data.tokenizer, 0, cfg.model.context)
-    check_room(job)
+    config.check(cfg, loaded.origins)
+    inputs.check()
+    guess, _ = inputs.guess()
+    config.check(guess, loaded.origins)
+    check_room(job, guess)
     return job
 
 
-def check_resume(cfg: config.Config, loaded: Loaded, project: Path | None) -> None:
-    """Make checkpoint.resume the path of a whole checkpoint that this run can go on from."""
+def flag_keys(given: dict[str, Given]) -> list[str]:
+    return [key for key in given if key.startswith("run.")]
+
+
+def check_flags(layers: config.Layers, flags: dict[str, Any]) -> None:
+    """Words and flags, before any value is read: a flag of another recipe is that, whatever stands after it."""
+    recipe = layers.given.get("run.recipe")
+    if recipe is not None and layers.recipe not in recipes.RECIPES:
+        words = {"run.recipe": recipe.origin}
+        recipes.check_words(layers.recipe, "llama", "cpu", words, ["run.recipe"] if recipe.is_flag else [])
+    recipes.check_flags(layers.recipe, [f"--{name}" for name, value in flags.items() if value is not None])
+
+
+def find_whole(word: str, project: Path | None) -> Path:
+    """The checkpoint that a run, its id, or a checkpoint's own directory stands for."""
     from toy.runs import find_checkpoint
 
+    path = Path(word).expanduser()
+    if path.is_dir() and path.parent.name == "checkpoints" and not (path / "DONE").exists():
+        raise ToyError(
+            "bad_file",
+            f"{shown(path)} is no whole checkpoint: it has no DONE",
+            "name its run: the last whole one is taken",
+        )
+    return find_checkpoint(word, project)
+
+
+def check_resume(cfg: config.Config, loaded: Loaded, project: Path | None) -> dict[str, Any] | None:
+    """Make checkpoint.resume the path of a whole checkpoint that this run can go on from; which run and step it is."""
+    from toy.runs import read_json
+
     if not cfg.checkpoint.resume:
-        return
-    path = find_checkpoint(cfg.checkpoint.resume, project)
+        return None
+    path = find_whole(cfg.checkpoint.resume, project)
+    run = path.parent.parent
+    before = read_json(run / "config.json").get("run", {})
+    for key in ("recipe", "arch"):
+        mine, origin = getattr(cfg.run, key), loaded.origins[f"run.{key}"]
+        if before.get(key) not in (None, mine):
+            raise ToyError(
+                "resume_mismatch",
+                f"{shown(path)} is of a run with run.{key} = {before[key]}, not {mine} ({origin})",
+                f"leave --{key} out: what is resumed keeps its own",
+            )
     step = path.name.removeprefix("step_")
-    if step.isdigit() and int(step) >= cfg.train.steps:
+    at = int(step) if step.isdigit() else None
+    if at is not None and (at > cfg.train.steps or (at == cfg.train.steps and has_ended(run))):
         raise ToyError(
             "bad_flag",
             f"{shown(path)} is at step {step} already, and train.steps = {cfg.train.steps}"
             f" ({loaded.origins['train.steps']})",
-            f"train further with --steps {2 * int(step)}, say",
+            f"train further with --steps {2 * at}, say",
         )
     cfg.checkpoint.resume = str(path)
+    return {"run_id": run.name, "step": at}
 
 
-def native_plan(cfg: config.Config, corpus_tokens: int = 0) -> dict[str, Any]:
+def has_ended(run: Path) -> bool:
+    """Whether a run came to its own end, evaluation and all, and was not cut off at its last step."""
+    from toy.runs import events
+
+    ends = [event for event in events.read(run) if event["kind"] == "run_end"]
+    return bool(ends) and ends[-1].get("reason") in ("done", "early_stop")
+
+
+def native_plan(cfg: config.Config, corpus_tokens: int = 0, base: Path | None = None) -> dict[str, Any]:
     """The exact memory of a resolved configuration, from the allocated graph. Raises ToyError (oom, bad_config)."""
     try:
         from toy import _native
@@ -191,10 +253,12 @@ def native_plan(cfg: config.Config, corpus_tokens: int = 0) -> dict[str, Any]:
             "build_failed", "toy's native module is not built", "install toy: pip install . (or make setup)"
         ) from error
     try:
-        plan: dict[str, Any] = _native.plan(config.to_kv(cfg), corpus_tokens)
+        plan: dict[str, Any] = _native.plan(config.to_kv(cfg), corpus_tokens, str(base or ""))
     except (ValueError, RuntimeError, MemoryError) as error:
         message, _, hint = str(error).partition("\n")
         kind = "bad_config" if isinstance(error, ValueError) else "oom"
+        if kind == "bad_config" and base is not None and str(base) in message:
+            kind, message = "bad_file", message.replace(str(base), shown(base))
         hint = hint or "make the model, the batch or the context smaller"
         raise ToyError(kind, message or "this machine's memory is not enough", hint) from error
     return plan
@@ -205,22 +269,17 @@ def disk_bytes(plan: dict[str, Any], cfg: config.Config) -> int:
     GGUF, and a line an event."""
     checkpoint: int = plan["weights"] + plan["moments"]
     kept = cfg.checkpoint.keep + int(cfg.checkpoint.keep_best) + 1
+    if cfg.checkpoint.keep_every:
+        kept += cfg.train.steps // cfg.checkpoint.keep_every
     lines = 300 * (cfg.train.steps // cfg.log.every) + 30 * cfg.train.steps
     return int(kept * checkpoint + plan["weights"] + lines + (4 << 20))
 
 
-def guessed_vocab(cfg: config.Config) -> int:
-    """A vocabulary size before packing: exact for bytes and bpe, near enough for a check of memory otherwise."""
-    return cfg.model.vocab_size or {"bytes": 257, "chars": 256, "bpe": 2048}.get(cfg.data.tokenizer, 32000)
-
-
-def check_room(job: Job) -> None:
-    """Refuse what cannot fit into this machine's memory or onto the disk, as far as is known before packing."""
+def check_room(job: Job, cfg: config.Config, n_tokens: int = 0) -> dict[str, Any]:
+    """Refuse what cannot fit into this machine's memory or onto the disk; else the plan of what it takes."""
     from toy.runs.bundle import memory_bytes
 
-    cfg = config.resolve(job.config, vocab_size=guessed_vocab(job.config))
-    plan = native_plan(cfg)
-    job.needs = plan
+    plan = native_plan(cfg, n_tokens, job.inputs.base)
     memory = memory_bytes()
     if plan["total"] > memory:
         raise ToyError(
@@ -238,6 +297,7 @@ def check_room(job: Job) -> None:
             f"this run writes up to {bytes_text(need)}, and {shown(there)} has {bytes_text(disk.free)} left",
             "free some space, keep fewer checkpoints, or choose another disk with --out",
         )
+    return plan
 
 
 # --- making ---------------------------------------------------------------------------------------------------------
@@ -275,32 +335,22 @@ def run_job(job: Job, *, as_json: bool, sample: bool) -> None:
 
 
 def fill(job: Job, claim: Claim) -> tuple[config.Config, dict[str, str]]:
-    """Pack the corpus, resolve the configuration, write the bundle's first files; the runner's environment."""
-    from toy import corpora, runners
+    """Pack the data, resolve the configuration, write the bundle's first files; the runner's environment."""
+    from toy import runners
     from toy.runs import bundle
 
-    cfg, run = job.config, claim.path
-    with Packing() as packing:
-        prepared = corpora.prepare(
-            cfg.data.corpus, cfg.data.tokenizer, cfg.model.vocab_size, job.cache, packing.progress
-        )
-        validation = None
-        if cfg.data.val_corpus:
-            validation = corpora.prepare(
-                cfg.data.val_corpus, cfg.data.tokenizer, 0, job.cache, packing.progress, like=prepared
-            )
-            validation.require(cfg.model.context)
-    prepared.require(cfg.model.context, 0.0 if validation else cfg.data.val_fraction)
-    val_tokens = validation.n_tokens if validation else int(cfg.data.val_fraction * prepared.n_tokens)
-    resolved = config.resolve(cfg, vocab_size=prepared.vocab_size, val_tokens=val_tokens)
+    run = claim.path
+    with progress_bar("packing the data") as progress:
+        packed = job.inputs.pack(progress)
+    resolved = packed.config
     config.check(resolved, job.loaded.origins)
-    datasets = {"train": dataset(prepared)}
-    if validation:
-        datasets["validation"] = dataset(validation)
+    plan = check_room(job, resolved, packed.n_tokens)
+    for note in packed.notes:
+        say(f"note: {note}")
     with os_errors("write the run's files"):
         bundle.write_config(run, resolved, job.project)
-        meta = bundle.meta(run, job.project, resolved.run.build, datasets)
-        meta["flops_per_token"] = job.needs.get("flops_per_token")
+        meta = bundle.meta(run, job.project, resolved.run.build, packed.datasets)
+        meta |= {"flops_per_token": plan.get("flops_per_token"), "resumed_from": job.resumed_from}
         bundle.write_meta(run, meta)
     keys = {
         "TOY_RUN_DIR": run,
@@ -310,56 +360,7 @@ def fill(job: Job, claim: Claim) -> tuple[config.Config, dict[str, str]]:
         "STEPS": resolved.train.steps,
         "SEED": resolved.run.seed,
         "TOY_CONFIG": run / "config.kv",
-        "CORPUS": prepared.tokens,
-        "TOKENIZER": prepared.tokenizer_gguf,
-        **({"VAL_CORPUS": validation.tokens} if validation else {}),
+        "DATASETS": ",".join(f"{role}={sha256}" for role, sha256 in packed.identities.items()),
+        **packed.env,
     }
     return resolved, runners.environment(keys, resolved.run.device)
-
-
-def dataset(prepared: Any) -> dict[str, Any]:
-    manifest = prepared.manifest
-    return {
-        "name": manifest.get("name"),
-        "tokens": str(prepared.tokens),
-        "sha256": prepared.sha256,
-        "n_tokens": prepared.n_tokens,
-        "vocab_size": prepared.vocab_size,
-        "source": manifest.get("source"),
-        "tokenizer": manifest.get("tokenizer"),
-    }
-
-
-class Packing:
-    """Progress of packing on stderr: a bar on a terminal, one line in a pipe, nothing at all when it is quick."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.said = False
-        self.quiet_until = time.monotonic() + 0.4
-
-    def __enter__(self) -> Packing:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def progress(self, done: int, total: int) -> None:
-        if time.monotonic() < self.quiet_until or (done >= total and self.bar is None):
-            return
-        if not sys.stderr.isatty():
-            if not self.said:
-                self.said = True
-                say(f"packing the corpus ({bytes_text(total)})")
-            return
-        if self.bar is None:
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-            from toy.cli.common import console
-
-            columns = (TextColumn("packing the corpus"), BarColumn(), DownloadColumn())
-            self.bar = Progress(*columns, console=console(), transient=True)
-            self.bar.start()
-            self.bar.add_task("", total=total)
-        self.bar.update(self.bar.task_ids[0], completed=done, total=total)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from toy.config.knobs import Config
 
-MOST_EVAL_BATCHES = 64  # what an evaluation reads at most, unless eval.batches says so
+MOST_EVAL_BATCHES = 64  # what an evaluation reads of a text at most, unless eval.batches says so
+DEFAULT_CONTEXT = 256
+LARGEST_IMAGE = 224  # what ViT-Tiny was made for; larger images are brought to it unless model.image_size says so
 
 
 def usable_cores() -> int:
@@ -26,20 +28,44 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
-def resolve(config: Config, *, vocab_size: int | None = None, val_tokens: int | None = None) -> Config:
+def image_size(side: int) -> int:
+    """The size for images of `side` pixels, their own up to 224: a multiple of 4 from 16 on, so that patches fit."""
+    side = min(side, LARGEST_IMAGE)
+    return side if side < 16 else side // 4 * 4
+
+
+def patch_size(image: int) -> int:
+    """A patch for images of `image` pixels: at least 7 patches a side, at most 16 pixels. 224 -> 16, 32 and 28 -> 4."""
+    limit = min(16, max(1, image // 7))
+    return next(size for size in range(limit, 0, -1) if image % size == 0)
+
+
+def resolve(
+    config: Config, *, vocab_size: int | None = None, val_tokens: int | None = None, val_items: int | None = None
+) -> Config:
     """A copy with no auto left in it. `vocab_size` is the tokenizer's, once it is known, and `val_tokens` the size of
-    the validation part."""
+    the validation part; where the data is not one long text, `val_items` counts its examples or images."""
     out = config.model_copy(deep=True)
     model, train = out.model, out.train
     out.run.threads = out.run.threads or usable_cores()
     model.n_head_kv = model.n_head_kv or model.n_head
-    model.n_ff = model.n_ff or math.ceil(8 * model.n_embd / 3 / 32) * 32
+    wide = 4 * model.n_embd if out.run.arch in ("gpt2", "vit") else math.ceil(8 * model.n_embd / 3 / 32) * 32
+    model.n_ff = model.n_ff or wide
     if vocab_size is not None:
         model.vocab_size = vocab_size
+    if out.run.arch == "vit":
+        model.image_size = model.image_size or LARGEST_IMAGE
+        model.patch_size = model.patch_size or patch_size(model.image_size)
+        model.n_channel = model.n_channel or 3
+        model.context = (model.image_size // model.patch_size) ** 2 + (model.pool == "cls")
+    model.context = model.context or DEFAULT_CONTEXT
+    if out.run.recipe == "lora":
+        out.lora.alpha = out.lora.alpha or 2.0 * out.lora.rank
     train.micro_batch = train.micro_batch or train.batch
-    if out.eval.batches == 0 and val_tokens is not None:
-        sequences = max(1, val_tokens // model.context)
-        out.eval.batches = min(MOST_EVAL_BATCHES, math.ceil(sequences / train.micro_batch))
+    if out.eval.batches == 0 and (val_tokens is not None or val_items is not None):
+        items = max(1, (val_tokens or 0) // model.context) if val_items is None else max(1, val_items)
+        whole = math.ceil(items / train.micro_batch)
+        out.eval.batches = whole if out.run.arch == "vit" else min(MOST_EVAL_BATCHES, whole)
     if train.min_learning_rate < 0:
         train.min_learning_rate = train.learning_rate / 10
     if train.warmup_steps < 0:

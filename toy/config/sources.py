@@ -21,19 +21,11 @@ SETTINGS = {
 }
 CONFIG_FORMAT = "toy/config-v1"
 TOKENIZER_WORDS = ("bytes", "chars", "bpe")
-
-#: Keys that belong to recipes to come, so that they are refused with the reason rather than as typos.
-LATER = {
-    "lora": "lora",
-    "model.image_size": "vit-tiny",
-    "model.patch_size": "vit-tiny",
-    "model.n_channel": "vit-tiny",
-    "model.n_class": "vit-tiny",
-    "data.images": "vit-tiny",
-}
+BY_NAME = ("checkpoint.resume", "lora.base", "model.donor")
 
 _INT = re.compile(r"[+-]?[0-9][0-9_]*")
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_DURATION = re.compile(r"(?:([0-9.]+)h)?(?:([0-9.]+)m)?(?:([0-9.]+)s?)?")
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -45,6 +37,7 @@ class Given:
     origin: str
     quoted: bool = False
     base: Path | None = None  # what a relative path is relative to
+    whole: bool = False  # out of a run's config.json, which holds every knob whether or not somebody asked for it
 
     @property
     def is_flag(self) -> bool:
@@ -66,11 +59,6 @@ def bad(message: str, hint: str) -> ToyError:
 def unknown_key(key: str, origin: str) -> ToyError:
     """The error for a key that is no knob, at whatever level, naming the nearest one."""
     section, _, name = key.partition(".")
-    recipe = LATER.get(key) or LATER.get(section)
-    if recipe:
-        return bad(
-            f"{key} belongs to the recipe {recipe}, which this toy does not have yet ({origin})", "leave the key out"
-        )
     homes = [knob.key for knob in KNOBS.values() if knob.name == (name or section)]
     if section in SECTIONS and name:
         near = homes[0] if homes else None
@@ -128,6 +116,11 @@ def convert(knob: Knob, given: Given) -> Any:
     text = value.strip()
     if knob.auto is not None and text == "auto":
         return knob.auto
+    if knob.duration:
+        found = seconds(text)
+        if found is None:
+            raise wrong(knob, given)
+        return found
     if not given.quoted:
         if knob.type is bool and text.lower() in _BOOLS:
             return _BOOLS[text.lower()]
@@ -141,13 +134,24 @@ def convert(knob: Knob, given: Given) -> Any:
     raise wrong(knob, given)
 
 
+def seconds(text: str) -> float | None:
+    """`90`, `90s`, `55m` or `1h30m` in seconds; None for anything else."""
+    match = _DURATION.fullmatch(text.replace(" ", "").lower())
+    if not match or not any(match.groups()):
+        return None
+    try:
+        return sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
+    except ValueError:  # 1.2.3
+        return None
+
+
 def absolute(knob: Knob, text: str, base: Path | None) -> str:
     """A path knob's value, independent of the working directory."""
     if not text or (knob.key == "data.tokenizer" and text in TOKENIZER_WORDS):
         return text
     path = Path(os.path.abspath((base or Path.cwd()) / Path(text).expanduser()))
-    if knob.key == "checkpoint.resume" and not path.exists():
-        return text  # a run's id
+    if knob.key in BY_NAME and not path.exists():
+        return text  # a run's id, or a name that `toy list` shows
     return str(path)
 
 
@@ -274,7 +278,7 @@ def read_json(text: str, shown: str, base: Path) -> Source:
                 raise unknown_key(full, shown)
             if item is None or isinstance(item, (dict, list)):
                 raise wrong(KNOBS[full], Given(item, shown))
-            source.knobs[full] = Given(item, shown, isinstance(item, str), base)
+            source.knobs[full] = Given(item, shown, isinstance(item, str), base, whole=True)
     return source
 
 

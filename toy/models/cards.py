@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toy.errors import ToyError
 from toy.models import gguf
 from toy.models.vocabulary import SPECIAL_KEYS
 
@@ -42,7 +43,7 @@ class Card:
 
     def shape(self) -> dict[str, Any]:
         """The architecture's own numbers, `block_count` and the like, without their prefix."""
-        prefix = f"{self.architecture}."
+        prefix = "toy.vit." if self.architecture == "vit" else f"{self.architecture}."
         found = {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
         return {key: value for key, value in found.items() if not isinstance(value, list)}
 
@@ -68,6 +69,24 @@ def read(path: str | Path) -> Card:
         metadata=metadata,
         tensors=tensors,
     )
+
+
+def vision(card: Card) -> dict[str, Any]:
+    """What images a vit takes, and what it calls them: image_size, n_channel, classes, mean, std.
+
+    Raises ToyError (bad_file) where its metadata does not say.
+    """
+    found = {
+        "image_size": card.metadata.get("toy.vit.image_size"),
+        "n_channel": card.metadata.get("toy.vit.channel_count"),
+        "classes": card.metadata.get("toy.vit.classes"),
+        "mean": card.metadata.get("toy.vit.image_mean"),
+        "std": card.metadata.get("toy.vit.image_std"),
+    }
+    for key, value in found.items():
+        if not isinstance(value, int if key in ("image_size", "n_channel") else list) or not value:
+            raise ToyError("bad_file", f"{card.path} does not say its {key}", "export the model again with toy")
+    return found
 
 
 def tokenizer_summary(metadata: Mapping[str, Any]) -> dict[str, Any] | None:

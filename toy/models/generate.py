@@ -1,4 +1,4 @@
-"""Ids after ids, from the native runner `toy-infer`."""
+"""Ids after ids, and classes of images, from the native runner `toy-infer`."""
 
 from __future__ import annotations
 
@@ -69,11 +69,13 @@ def generate(
     context: int = 0,
     logprobs: int = 0,
     device: str = "cpu",
+    adapter: cards.Card | None = None,
     on_token: Callable[[int], None] = lambda i: None,
 ) -> Generation:
     """Up to `n` ids after `prompt`, each given to `on_token` as it comes.
 
-    `stop` ends the text and is not part of it. `threads` 0: the usable cores. `context` 0: the model's.
+    `stop` ends the text and is not part of it. `threads` 0: the usable cores. `context` 0: the model's. `adapter`: a
+    LoRA over the model, which `adapters.check` has found to fit.
     Raises ToyError.
     """
     from toy import runners
@@ -113,6 +115,7 @@ def generate(
             "THREADS": threads or usable_cores(),
             "CONTEXT": context,
             "LOGPROBS": logprobs,
+            **({"ADAPTER": os.fspath(adapter.path.absolute())} if adapter else {}),
         }
         result = runners.launch(runner, runners.environment(keys, device), on_stdout=line, on_stderr=last_words.append)
     failed = result.error()
@@ -152,15 +155,57 @@ def _timings(lines: list[str]) -> dict[str, float]:
     return found
 
 
+def classify(
+    card: cards.Card, images: Sequence[str | Path], top: int, *, threads: int = 0, device: str = "cpu"
+) -> list[list[tuple[str, float]]]:
+    """For each image file the likeliest classes of a vit with their probabilities, best first. Raises ToyError."""
+    from toy import corpora, runners
+    from toy.config.resolve import usable_cores
+
+    runner = target(card, device)
+    seen = cards.vision(card)
+    runners.ensure_built([runner])
+    found: list[list[tuple[str, float]]] = []
+
+    def line(text: str) -> None:
+        words = text.split()
+        if len(words) < 3 or words[0] != "image":
+            raise ToyError("runner_failed", f"{runner} printed {text!r}", "this is a bug in toy")
+        pairs = (word.split(":") for word in words[2:])
+        found.append([(str(seen["classes"][int(i)]), float(value)) for i, value in pairs])
+
+    with tempfile.TemporaryDirectory(prefix="toy-infer-") as folder:
+        packed = corpora.pack_one(images, seen["image_size"], seen["n_channel"], Path(folder) / "images")
+        keys: dict[str, object] = {
+            "GGUF": os.fspath(card.path.absolute()),
+            "IMG_DIR": packed,
+            "TOP_K": min(top, len(seen["classes"])),
+            "THREADS": threads or usable_cores(),
+        }
+        failed = runners.launch(runner, runners.environment(keys, device), on_stdout=line).error()
+    if failed is not None:
+        raise failed
+    return found
+
+
 def sample_text(
-    gguf: str | Path, prompt: str = "", n: int = 200, seed: int = 1337, temperature: float = 0.8, threads: int = 0
+    gguf: str | Path,
+    prompt: str = "",
+    n: int = 200,
+    seed: int = 1337,
+    temperature: float = 0.8,
+    threads: int = 0,
+    adapter: str | Path | None = None,
 ) -> str:
-    """A continuation of `prompt` by the model in `gguf`; without one, the beginning of a new document."""
-    card = cards.read(gguf)
-    tokenizer = Tokenizer.from_gguf(gguf)
+    """A continuation of `prompt` by the model in `gguf`, with an adapter over it; without a prompt, the beginning of a
+    new document."""
+    from toy.models import adapters
+
+    card, lora = adapters.choose(os.fspath(gguf), os.fspath(adapter) if adapter else None)
+    tokenizer = Tokenizer.from_gguf(card.path)
     sampling = Sampling(temperature=temperature, seed=seed)
     ids = prompt_ids(tokenizer, prompt)
-    made = generate(card, ids, n, sampling, stop=tokenizer.stop_ids, threads=threads)
+    made = generate(card, ids, n, sampling, stop=tokenizer.stop_ids, threads=threads, adapter=lora)
     decoder = tokenizer.stream()
     return "".join(decoder.push(i) for i in made.ids) + decoder.finish()
 

@@ -1,6 +1,7 @@
 """Runs: their ids and directories, and finding them again.
 
-What is in a directory: `bundle`; reading it: `events`, `listing`; comparing runs: `gates`; drawing one: `curve`.
+What is in a directory: `bundle`; reading it: `events`, `listing`, `history`; comparing runs: `gates`, `compare`;
+judging one: `metrics`; drawing them: `curve`; taking them away: `removing`.
 """
 
 from __future__ import annotations
@@ -213,6 +214,22 @@ def find_run(word: str, project: Path | None = None) -> Path:
     near = nearest(Path(word).name, ids)
     hint = f"did you mean {near}?" if near else "`toy runs` lists the runs of this project"
     raise ToyError("missing_file", f"no such run: {word}", hint)
+
+
+def choose_run(word: str, project: Path | None = None) -> Path:
+    """As `find_run`, and by the beginning of an id that only one run has. Raises ToyError (missing_file, bad_flag)."""
+    try:
+        return find_run(word, project)
+    except ToyError:
+        ids = [path.name for path in all_runs(runs_dir(project)) if is_run(path)]
+        start = word.rstrip("/").removeprefix("runs/")
+        found = [name for name in ids if start and name.startswith(start)]
+        if len(found) == 1:
+            return (runs_dir(project) / found[0]).resolve()
+        if found:
+            names = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
+            raise ToyError("bad_flag", f"{word} begins the names of {len(found)} runs", f"one of {names}") from None
+        raise
 
 
 def all_runs(runs: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "toy/v1"
-KINDS = ("run_start", "step", "eval", "checkpoint", "run_end")
+KINDS = ("run_start", "step", "eval", "checkpoint", "run_end", "quality_gate")
 
 
 def parse(line: str | bytes) -> dict[str, Any] | None:
@@ -57,7 +57,8 @@ class Follower:
 
 
 def append(run: Path, event: dict[str, Any]) -> None:
-    """Add an event that the runner did not live to write. A torn last line is ended first, so that it stays alone."""
+    """Add an event that the runner did not write: its end when it was killed, or a quality gate later on. A torn last
+    line is ended first, so that it stays alone."""
     path = run / "events.jsonl"
     line = json.dumps({"schema": SCHEMA, "kind": event["kind"], "time": round(time.time(), 3), **event}) + "\n"
     with path.open("ab") as file:

@@ -44,6 +44,10 @@ def read_lines(path: Path, what: str) -> list[str]:
     return lines
 
 
+def is_line(line: str) -> bool:
+    return _LINE.fullmatch(line) is not None
+
+
 def step_of(line: str) -> int:
     match = _LINE.fullmatch(line)
     assert match is not None

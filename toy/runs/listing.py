@@ -6,9 +6,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from toy.runs import all_runs, events, is_run, is_running, read_json
+from toy.runs import all_runs, events, history, is_run, is_running, read_json
 
-STATES = {"done": "done", "early_stop": "done", "interrupted": "interrupted", "killed": "killed"}
+STATES = {
+    "done": "done", "early_stop": "done", "stop_after": "interrupted", "interrupted": "interrupted", "killed": "killed",
+}  # fmt: skip
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -27,13 +29,17 @@ def summary(run: Path) -> dict[str, Any]:
         "loss": None,
         "val_loss": None,
         "best_val_loss": None,
+        "accuracy": None,
         "tokens_per_second": None,
+        "sequences_per_second": None,
         "seconds": None,
         "parameters": None,
         "started": None,
         "gguf": None,
         "checkpoint": None,
+        "reason": None,
         "error": None,
+        "quality_gate": None,
     }
     end = None
     for event in events.read(run):
@@ -45,23 +51,29 @@ def summary(run: Path) -> dict[str, Any]:
                 "step": event.get("step"),
                 "loss": event.get("loss"),
                 "tokens_per_second": event.get("tokens_per_second"),
+                "sequences_per_second": event.get("sequences_per_second"),
             }
         elif kind == "eval":
             row["val_loss"] = event.get("val_loss")
             losses = [loss for loss in (row["best_val_loss"], row["val_loss"]) if loss is not None]
             row["best_val_loss"] = min(losses, default=None)
+            row["accuracy"] = event.get("accuracy")
         elif kind == "checkpoint":
             row["checkpoint"] = event.get("path")
         elif kind == "run_end":
             end = event
+        elif kind == "quality_gate":
+            row["quality_gate"] = "passed" if event.get("passed") else "failed"
     if end is not None:
         for key, source in (
             ("loss", "final_loss"),
             ("val_loss", "val_loss"),
             ("best_val_loss", "best_val_loss"),
             ("tokens_per_second", "tokens_per_second"),
+            ("sequences_per_second", "sequences_per_second"),
             ("seconds", "seconds"),
             ("step", "step"),
+            ("reason", "reason"),
             ("error", "error"),
         ):
             if end.get(source) is not None:
@@ -72,8 +84,8 @@ def summary(run: Path) -> dict[str, Any]:
         row["state"] = STATES.get(str(end.get("reason")), "failed")
     else:
         row["state"] = "killed"
-    gguf = run / "weights" / "model.gguf"
-    row["gguf"] = str(gguf) if gguf.is_file() else None
+    gguf = history.weights(run)
+    row["gguf"] = str(gguf) if gguf is not None else None
     return row
 
 

@@ -1,0 +1,121 @@
+#include "net.h"
+
+#include "engine/rng.h"
+
+#include <cmath>
+
+namespace toy {
+
+using tensor = ggml_tensor *;
+
+tensor net::product(tensor w, tensor x) const {
+    tensor y = ggml_mul_mat(ctx, w, x);
+    if (f32 && w->type != GGML_TYPE_F32) {
+        ggml_mul_mat_set_prec(y, GGML_PREC_F32);
+    }
+    return y;
+}
+
+tensor net::linear(const std::string & name, tensor x) const {
+    const std::string weight = name + ".weight";
+    tensor            y      = product(get(weight), x);
+    if (tensor a = lora ? lora->get(weight + ".lora_a") : nullptr) {
+        tensor in = x;
+        if (lora->dropout > 0) {
+            // every product its own random numbers: the same x goes into several
+            in = ggml_dropout(ctx, x, lora->seeds, lora->dropout, (int32_t) (hash_bytes(weight.data(), weight.size()) & 0x7fffffff));
+        }
+        tensor low = product(a, in);                                // [r, N]
+        low        = product(lora->get(weight + ".lora_b"), low);   // [out, N]
+        y          = ggml_add(ctx, y, ggml_scale(ctx, low, lora->scale));
+    }
+    if (tensor b = get(name + ".bias")) {
+        y = ggml_add(ctx, y, b);
+    }
+    return y;
+}
+
+tensor net::linear_rows(const std::string & name, tensor x, int64_t first, int64_t n) const {
+    tensor w = get(name + ".weight"), b = get(name + ".bias");
+    w = ggml_view_2d(ctx, w, w->ne[0], n, w->nb[1], first * w->nb[1]);
+    return ggml_add(ctx, product(w, x), ggml_view_1d(ctx, b, n, first * b->nb[0]));
+}
+
+tensor net::rms_norm(const std::string & name, tensor x) const {
+    return ggml_mul(ctx, ggml_rms_norm(ctx, x, hp.norm_eps), get(name + ".weight"));
+}
+
+tensor net::layer_norm(const std::string & name, tensor x) const {
+    x = ggml_mul(ctx, ggml_norm(ctx, x, hp.norm_eps), get(name + ".weight"));
+    return ggml_add(ctx, x, get(name + ".bias"));
+}
+
+tensor net::attention(int il, tensor q, tensor k, tensor v, tensor mask) const {
+    const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3], K = k->ne[1];
+    if (cache) {
+        // append to the cache, then attend over all of it; values lie transposed there, as the product with kq wants them
+        const int64_t past = cache->n_past, S = past + T;
+        tensor        ck = cache->k[il], cv = cache->v[il];
+        k = ggml_reshape_2d(ctx, k, D * K, T);
+        v = ggml_reshape_2d(ctx, v, D * K, T);
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, k, ggml_view_2d(ctx, ck, D * K, T, ck->nb[1], past * ck->nb[1])));
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_transpose(ctx, v), ggml_view_2d(ctx, cv, T, D * K, cv->nb[1], past * cv->nb[0])));
+        k = ggml_view_3d(ctx, ck, D, K, S, D * sizeof(float), ck->nb[1], 0);
+        v = ggml_view_3d(ctx, cv, S, D, K, cv->nb[1], D * cv->nb[1], 0);
+    } else {
+        v = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));   // [T, D, K, B]
+    }
+    q          = ggml_permute(ctx, q, 0, 2, 1, 3);   // [D, T, H, B]
+    k          = ggml_permute(ctx, k, 0, 2, 1, 3);   // [D, S, K, B]
+    tensor kq  = ggml_mul_mat(ctx, k, q);            // [S, T, H, B]
+    kq         = ggml_soft_max_ext(ctx, kq, mask, 1.0f / std::sqrt((float) D), 0.0f);
+    tensor out = ggml_mul_mat(ctx, v, kq);                             // [D, T, H, B]
+    out        = ggml_cont(ctx, ggml_permute(ctx, out, 0, 2, 1, 3));   // [D, H, T, B]
+    return ggml_reshape_2d(ctx, out, D * H, T * B);
+}
+
+std::string block_name(int il) {
+    return "blk." + std::to_string(il) + ".";
+}
+
+tensor gelu_block(const net & n, int il, tensor x, int64_t T, tensor mask) {
+    const int64_t     C = n.hp.n_embd, H = n.hp.n_head, D = n.hp.head_dim, B = x->ne[1] / T;
+    ggml_context *    ctx = n.ctx;
+    const std::string b   = block_name(il);
+
+    tensor h = n.layer_norm(b + "attn_norm", x);
+    tensor q = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 0 * C, C), D, H, T, B);
+    tensor k = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 1 * C, C), D, H, T, B);
+    tensor v = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 2 * C, C), D, H, T, B);
+    x        = ggml_add(ctx, x, n.linear(b + "attn_output", n.attention(il, q, k, v, mask)));
+    ggml_format_name(x, "blk.%d.attn_residual", il);
+
+    h = ggml_gelu(ctx, n.linear(b + "ffn_up", n.layer_norm(b + "ffn_norm", x)));   // [F, T*B]
+    x = ggml_add(ctx, x, n.linear(b + "ffn_down", h));
+    ggml_format_name(x, "blk.%d.ffn_residual", il);
+    return x;
+}
+
+void declare_gelu_block(const hparams & hp, int il, float std, float std_residual, weights & w) {
+    const std::string b = block_name(il);
+    const int         C = hp.n_embd, F = hp.n_ff;
+    w.add_vector(b + "attn_norm.weight", C, init::ones());
+    w.add_vector(b + "attn_norm.bias", C, init::zeros());
+    w.add_matrix(b + "attn_qkv.weight", C, 3 * C, init::normal(std));
+    w.add_vector(b + "attn_qkv.bias", 3 * C, init::zeros());
+    w.add_matrix(b + "attn_output.weight", C, C, init::normal(std_residual));
+    w.add_vector(b + "attn_output.bias", C, init::zeros());
+    w.add_vector(b + "ffn_norm.weight", C, init::ones());
+    w.add_vector(b + "ffn_norm.bias", C, init::zeros());
+    w.add_matrix(b + "ffn_up.weight", C, F, init::normal(std));
+    w.add_vector(b + "ffn_up.bias", F, init::zeros());
+    w.add_matrix(b + "ffn_down.weight", F, C, init::normal(std_residual));
+    w.add_vector(b + "ffn_down.bias", C, init::zeros());
+}
+
+double gelu_block_products(const hparams & hp) {
+    const double C = hp.n_embd, F = hp.n_ff;
+    return 4 * C * C + 2 * C * F + 2 * C * hp.n_ctx;
+}
+
+}   // namespace toy

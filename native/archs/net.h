@@ -1,0 +1,68 @@
+// defines: toy::net — what a forward graph is made with: where its tensors come from, its adapters, its KV cache; and the layers all families share
+#pragma once
+
+#include "engine/weights.h"
+#include "ggml.h"
+#include "hparams.h"
+
+#include <string>
+#include <vector>
+
+namespace toy {
+
+// Keys and values of S slots a layer, as the decoder has seen them.
+struct kv_cache {
+    std::vector<ggml_tensor *> k, v;         // k [D*K, S], v [S, D*K], f32, one each a layer
+    int                        n_past = 0;   // slots in use
+    int                        n_ctx  = 0;   // slots there are
+};
+
+// A low-rank term beside some of the products (Hu et al. 2021, arXiv 2106.09685): W x + scale B A x.
+struct lora_adapter {
+    tensor_lookup get;                 // <tensor>.lora_a [in, r], <tensor>.lora_b [r, out]
+    float         scale   = 0;         // alpha / r
+    float         dropout = 0;         // of x, in the low-rank term only
+    ggml_tensor * seeds   = nullptr;   // [2, B] i32: the random stream of each sequence
+};
+
+// The inputs of a graph. A family reads those that it knows.
+struct inputs {
+    ggml_tensor * tokens    = nullptr;   // [T*B] i32
+    ggml_tensor * positions = nullptr;   // [T] i32
+    ggml_tensor * mask      = nullptr;   // [S, T] f32: 0 or -inf; null: everything sees everything
+    ggml_tensor * patches   = nullptr;   // [P, n_patches*B] f32
+    bool          last_only = false;     // logits of the last token only
+};
+
+struct net {
+    ggml_context *       ctx;
+    tensor_lookup        get;
+    const hparams &      hp;
+    const lora_adapter * lora  = nullptr;
+    bool                 f32   = true;      // weights of other types: dequantised into f32 products (training), or as ggml decodes with them
+    kv_cache *           cache = nullptr;   // decoding: new keys and values are written into it, as part of gf
+    ggml_cgraph *        gf    = nullptr;
+
+    // x [in, N] -> [out, N]: `name`.weight, with `name`.bias and an adapter where they exist
+    ggml_tensor * linear(const std::string & name, ggml_tensor * x) const;
+    // the same with the rows [first, first + n) of the matrix only: one of several that are stored as one
+    ggml_tensor * linear_rows(const std::string & name, ggml_tensor * x, int64_t first, int64_t n) const;
+    // x [C, N]; `name`.weight, and `name`.bias for layer_norm
+    ggml_tensor * rms_norm(const std::string & name, ggml_tensor * x) const;
+    ggml_tensor * layer_norm(const std::string & name, ggml_tensor * x) const;
+    // q [D, H, T, B], k and v [D, K, T, B] -> [D*H, T*B]; grouped queries: each key head serves H/K of them
+    ggml_tensor * attention(int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask) const;
+
+  private:
+    ggml_tensor * product(ggml_tensor * w, ggml_tensor * x) const;
+};
+
+std::string block_name(int il);   // "blk.3."
+
+// x [C, T*B] -> the same: a pre-norm block with biases and GELU, as in GPT-2 and in ViT. mask null: no causality
+ggml_tensor * gelu_block(const net & n, int il, ggml_tensor * x, int64_t T, ggml_tensor * mask);
+void          declare_gelu_block(const hparams & hp, int il, float std, float std_residual, weights & w);
+// multiply-adds of one token in it
+double        gelu_block_products(const hparams & hp);
+
+}   // namespace toy

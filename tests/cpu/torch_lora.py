@@ -1,0 +1,31 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) over the frozen llama of torch_llama.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch_llama import Array, Llama, Shape, parameters
+
+
+class Lora(Llama):
+    """y = W x + b + alpha/r B A x. adapters: <base tensor>.lora_a [r, n_in] and <base tensor>.lora_b [n_out, r]."""
+
+    def __init__(
+        self, shape: Shape, base: Mapping[str, Array], adapters: Mapping[str, Array], alpha: float
+    ) -> None:
+        super().__init__(shape, base, trains=lambda name: False)
+        self.adapters = parameters(adapters, lambda name: True)
+        self.alpha = alpha
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.adapters
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        y = super().linear(name, x)
+        a = self.adapters.get(f"{name}.weight.lora_a")
+        if a is None:
+            return y
+        b = self.adapters[f"{name}.weight.lora_b"]
+        return y + self.alpha / a.shape[0] * ((x @ a.T) @ b.T)
