@@ -5,20 +5,13 @@
 #include "engine/corpus.h"
 #include "engine/error.h"
 #include "engine/events.h"
+#include "engine/process.h"
 
 #include <algorithm>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
-
-static volatile sig_atomic_t g_stop = 0;
-
-static std::string env(const char * key, const char * def) {
-    const char * v = getenv(key);
-    return v && *v ? v : def;
-}
 
 static std::vector<int32_t> parse_ids(const std::string & list) {
     std::vector<int32_t> ids;
@@ -30,34 +23,32 @@ static std::vector<int32_t> parse_ids(const std::string & list) {
 }
 
 static int classify() {
-    toy::image_file images(env("IMG_DIR", ""));
-    toy::scorer     model(env("GGUF", ""), "", atoi(env("THREADS", "0").c_str()));
-    for (int64_t i = 0; i < images.n_images && !g_stop; i++) {
-        printf("image %lld", (long long) i);
-        for (const toy::candidate & c : toy::top_logprobs(model.classify(images, i, i + 1)[0].logits, atoi(env("TOP_K", "5").c_str()))) {
-            printf(" %d:%s", c.id, toy::shortest((float) std::exp(c.logprob)).c_str());
+    toy::image_file images(toy::env("IMG_DIR"));
+    toy::scorer     model(toy::env("GGUF"), "", (int) toy::env_int("THREADS", 0));
+    for (int64_t i = 0; i < images.n_images && !toy::stop_requested(); i++) {
+        std::string line = toy::format("image %lld", (long long) i);
+        for (const toy::candidate & c : toy::top_logprobs(model.classify(images, i, i + 1)[0].logits, (int) toy::env_int("TOP_K", 5))) {
+            line += toy::format(" %d:%s", c.id, toy::shortest((float) std::exp(c.logprob)).c_str());
         }
-        if (printf("\n") < 0 || fflush(stdout) != 0) {
-            return toy::EXIT_FAILED;
-        }
+        toy::say(line);
     }
-    return g_stop ? toy::EXIT_INTERRUPTED : toy::EXIT_DONE;
+    return toy::stop_requested() ? toy::EXIT_INTERRUPTED : toy::EXIT_DONE;
 }
 
 static int infer() {
     const double               t0 = toy::monotonic_time();
-    const toy::token_file      prompt(env("PROMPT_TOKENS", ""));
-    const std::vector<int32_t> stop      = parse_ids(env("STOP_TOKENS", ""));
-    const int                  n_predict = atoi(env("N_PREDICT", "128").c_str()), n_top = atoi(env("LOGPROBS", "0").c_str());
-    const int                  n_threads = atoi(env("THREADS", "0").c_str()), n_ctx = atoi(env("CONTEXT", "0").c_str());
+    const toy::token_file      prompt(toy::env("PROMPT_TOKENS"));
+    const std::vector<int32_t> stop      = parse_ids(toy::env("STOP_TOKENS"));
+    const int                  n_predict = (int) toy::env_int("N_PREDICT", 128), n_top = (int) toy::env_int("LOGPROBS", 0);
+    const int                  n_threads = (int) toy::env_int("THREADS", 0), n_ctx = (int) toy::env_int("CONTEXT", 0);
     toy::sampler               sampler = {
-        strtof(env("TEMPERATURE", "0").c_str(), nullptr),
-        atoi(env("TOP_K", "0").c_str()),
-        strtof(env("TOP_P", "1").c_str(), nullptr),
-        strtoull(env("SEED", "0").c_str(), nullptr, 10),
+        strtof(toy::env("TEMPERATURE", "0").c_str(), nullptr),
+        (int) toy::env_int("TOP_K", 0),
+        strtof(toy::env("TOP_P", "1").c_str(), nullptr),
+        strtoull(toy::env("SEED", "0").c_str(), nullptr, 10),
     };
     // no more cache than this answer can fill: a model's own context may be far larger
-    const toy::gguf_file meta(env("GGUF", ""));
+    const toy::gguf_file meta(toy::env("GGUF"));
     const toy::hparams   hp    = toy::hparams::from_gguf(meta);
     const int64_t        limit = n_ctx > 0 ? n_ctx : hp.n_ctx;
     const int            slots = (int) std::min<int64_t>(limit, (int64_t) prompt.n + std::max(n_predict, 1));
@@ -66,7 +57,7 @@ static int infer() {
                          toy::format("the prompt has %zu tokens, the context holds %lld", prompt.n, (long long) limit),
                          "shorten the prompt or raise --context");
     }
-    toy::decoder dec(meta.path, slots, n_threads > 0 ? n_threads : toy::usable_cores(), env("ADAPTER", ""));
+    toy::decoder dec(meta.path, slots, n_threads > 0 ? n_threads : toy::usable_cores(), toy::env("ADAPTER"));
     for (size_t i = 0; i < prompt.n; i++) {
         if (prompt.tokens[i] < 0 || prompt.tokens[i] >= dec.hp.n_vocab) {
             throw toy::error("bad_flag", toy::EXIT_BAD_INPUT,
@@ -79,20 +70,18 @@ static int infer() {
     const std::vector<float> * logits  = &dec.eval(prompt.tokens, (int) prompt.n);
     const double               t2      = toy::monotonic_time();
     int                        n_drawn = 0;
-    while (n_drawn < n_predict && !g_stop) {
+    while (n_drawn < n_predict && !toy::stop_requested()) {
         const int32_t id = sampler.sample(*logits);
         if (std::find(stop.begin(), stop.end(), id) != stop.end()) {
             break;
         }
-        printf("token %d", id);
+        std::string line = toy::format("token %d", id);
         if (n_top > 0) {
             for (const toy::candidate & c : toy::top_logprobs(*logits, n_top)) {
-                printf(" %d:%s", c.id, toy::shortest(c.logprob).c_str());
+                line += toy::format(" %d:%s", c.id, toy::shortest(c.logprob).c_str());
             }
         }
-        if (printf("\n") < 0 || fflush(stdout) != 0) {
-            return toy::EXIT_FAILED;
-        }
+        toy::say(line);
         if (++n_drawn == n_predict || dec.cache.n_past == dec.cache.n_ctx) {
             break;
         }
@@ -100,22 +89,9 @@ static int infer() {
     }
     fprintf(stderr, "timing load_s=%.4f prefill_tokens=%zu prefill_s=%.4f decode_tokens=%d decode_s=%.4f\n", t1 - t0, prompt.n, t2 - t1, n_drawn,
             toy::monotonic_time() - t2);
-    return g_stop ? toy::EXIT_INTERRUPTED : toy::EXIT_DONE;
+    return toy::stop_requested() ? toy::EXIT_INTERRUPTED : toy::EXIT_DONE;
 }
 
 int main() {
-    struct sigaction sa = {};
-    sa.sa_handler       = [](int) { g_stop = 1; };
-    sigaction(SIGINT, &sa, nullptr);
-    sigaction(SIGTERM, &sa, nullptr);
-    signal(SIGPIPE, SIG_IGN);
-    try {
-        return env("IMG_DIR", "").empty() ? infer() : classify();
-    } catch (const toy::error & e) {
-        fprintf(stderr, "error: %s\nhint: %s\n", e.what(), e.hint.c_str());
-        return e.exit_code;
-    } catch (const std::exception & e) {
-        fprintf(stderr, "error: %s\nhint: please report this with the name of the model\n", e.what());
-        return toy::EXIT_FAILED;
-    }
+    return toy::runner_main([]() { return toy::env("IMG_DIR").empty() ? infer() : classify(); });
 }

@@ -5,22 +5,14 @@
 #include "engine/error.h"
 #include "engine/events.h"
 #include "engine/files.h"
+#include "engine/process.h"
 #include "session.h"
 
 #include <algorithm>
 #include <cmath>
-#include <csignal>
-#include <cstdio>
-#include <cstdlib>
 #include <new>
 
 namespace toy {
-
-static volatile sig_atomic_t g_stop = 0;   // set by SIGINT and SIGTERM, read once a step
-
-static void on_stop_signal(int) {
-    g_stop = 1;
-}
 
 struct run_env {
     std::string run_dir, run_id, recipe, tokenizer, datasets;
@@ -41,41 +33,34 @@ struct run_summary {
 };
 
 static std::string need_env(const char * key) {
-    const char * v = getenv(key);
-    if (!v || !*v) {
+    const std::string v = env(key);
+    if (v.empty()) {
         throw error("bad_flag", EXIT_BAD_INPUT, format("%s is not in the environment", key), "runners are started by `toy train`");
     }
     return v;
 }
 
-static std::string opt_env(const char * key) {
-    const char * v = getenv(key);
-    return v ? v : "";
-}
-
 static run_env read_env(const std::string & arch, const std::vector<std::string> & recipes) {
-    run_env env;
-    env.run_dir   = need_env("TOY_RUN_DIR");
-    env.run_id    = need_env("TOY_RUN_ID");
-    env.recipe    = need_env("RECIPE");
-    env.tokenizer = opt_env("TOKENIZER");
-    env.datasets  = opt_env("DATASETS");
-    env.cfg       = config::load(need_env("TOY_CONFIG"));
-    if (atoll(need_env("STEPS").c_str()) != env.cfg.train.steps || atoll(need_env("SEED").c_str()) != env.cfg.run.seed ||
-        env.cfg.run.recipe != env.recipe) {
+    run_env e;
+    e.run_dir   = need_env("TOY_RUN_DIR");
+    e.run_id    = need_env("TOY_RUN_ID");
+    e.recipe    = need_env("RECIPE");
+    e.tokenizer = env("TOKENIZER");
+    e.datasets  = env("DATASETS");
+    e.cfg       = config::load(need_env("TOY_CONFIG"));
+    if (atoll(need_env("STEPS").c_str()) != e.cfg.train.steps || atoll(need_env("SEED").c_str()) != e.cfg.run.seed || e.cfg.run.recipe != e.recipe) {
         throw error("bad_config", EXIT_BAD_INPUT, "STEPS, SEED or RECIPE differ from config.kv", "runners are started by `toy train`");
     }
-    if (std::find(recipes.begin(), recipes.end(), env.recipe) == recipes.end() || env.cfg.run.arch != arch) {
-        throw error("not_available", EXIT_BAD_INPUT,
-                    format("this runner does not train recipe %s with %s", env.recipe.c_str(), env.cfg.run.arch.c_str()),
+    if (std::find(recipes.begin(), recipes.end(), e.recipe) == recipes.end() || e.cfg.run.arch != arch) {
+        throw error("not_available", EXIT_BAD_INPUT, format("this runner does not train recipe %s with %s", e.recipe.c_str(), e.cfg.run.arch.c_str()),
                     "runners are started by `toy train`");
     }
     // where each part of the recipe must be given
-    need_env(env.recipe == "vit-tiny" ? "IMG_DIR" : "CORPUS");
-    if (env.recipe == "lora" || (env.recipe == "warm-start" && env.cfg.model.init != "scratch")) {
+    need_env(e.recipe == "vit-tiny" ? "IMG_DIR" : "CORPUS");
+    if (e.recipe == "lora" || (e.recipe == "warm-start" && e.cfg.model.init != "scratch")) {
         need_env("GGUF");
     }
-    return env;
+    return e;
 }
 
 static std::string memory_json(const memory_plan & m) {
@@ -214,7 +199,7 @@ static void train(const run_env & env, session & s, events_writer & events, run_
         evaluate();   // the checkpoint was written before the evaluation of its step
     }
     bool early_stop = first > 0 && out_of_patience(), timed_out = false;
-    while (s.steps_done < cfg.train.steps && !early_stop && !g_stop && !timed_out) {
+    while (s.steps_done < cfg.train.steps && !early_stop && !stop_requested() && !timed_out) {
         const double      t0 = monotonic_time();
         const step_result r  = s.step();
         const double      dt = monotonic_time() - t0;
@@ -235,9 +220,7 @@ static void train(const run_env & env, session & s, events_writer & events, run_
         sum.step              = s.steps_done;
         sum.loss              = r.loss;
         sum.tokens_per_second = (double) seen / busy;
-        if (printf("step %lld: loss=%s\n", (long long) s.steps_done, shortest(r.loss).c_str()) < 0 || fflush(stdout) != 0) {
-            throw error("runner_failed", EXIT_FAILED, "cannot write step lines to stdout", "the reader of this run has gone away");
-        }
+        say(format("step %lld: loss=%s", (long long) s.steps_done, shortest(r.loss).c_str()));
         const bool last = s.steps_done >= cfg.train.steps;
         timed_out       = !last && out_of_time();
         if (is_due(cfg.log.every, s.steps_done) || last) {
@@ -254,7 +237,7 @@ static void train(const run_env & env, session & s, events_writer & events, run_
         }
 
         // saving comes before evaluating, so that an evaluation that dies costs nothing
-        const bool stopping = g_stop || timed_out;
+        const bool stopping = stop_requested() || timed_out;
         if (is_due(cfg.checkpoint.every, s.steps_done) || is_due(cfg.checkpoint.keep_every, s.steps_done) || last || stopping) {
             save_checkpoint();
         }
@@ -267,7 +250,7 @@ static void train(const run_env & env, session & s, events_writer & events, run_
         }
     }
     sum.step = s.steps_done;
-    if (g_stop && !saved.has(s.steps_done)) {
+    if (stop_requested() && !saved.has(s.steps_done)) {
         save_checkpoint();   // stopped before the first step
     }
     saved.prune(cfg, sum.state.best_step);
@@ -279,7 +262,7 @@ static int run(const run_env & env) {
     events_writer events(env.run_dir + "/events.jsonl");
     run_summary   sum;
     try {
-        const inputs_lookup inputs = opt_env;
+        const inputs_lookup inputs = [](const char * key) { return toy::env(key); };
         session             s(env.cfg, inputs);
         s.set_data(inputs);
         if (env.cfg.checkpoint.resume.empty()) {
@@ -305,20 +288,7 @@ static int run(const run_env & env) {
 }
 
 int train_main(const std::string & arch, const std::vector<std::string> & recipes) {
-    struct sigaction sa = {};
-    sa.sa_handler       = on_stop_signal;
-    sigaction(SIGINT, &sa, nullptr);
-    sigaction(SIGTERM, &sa, nullptr);
-    signal(SIGPIPE, SIG_IGN);
-    try {
-        return run(read_env(arch, recipes));
-    } catch (const error & e) {
-        fprintf(stderr, "error: %s\nhint: %s\n", e.what(), e.hint.c_str());
-        return e.exit_code;
-    } catch (const std::exception & e) {
-        fprintf(stderr, "error: %s\nhint: please report this with the run's config.json\n", e.what());
-        return EXIT_FAILED;
-    }
+    return runner_main([&]() { return run(read_env(arch, recipes)); });
 }
 
 }   // namespace toy
