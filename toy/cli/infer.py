@@ -222,14 +222,13 @@ def _tokenizer(path: Path, required: bool) -> Any:
 
 
 def _encode(tokenizer: Any, text: str, chat: bool, path: Path) -> list[int]:
-    from toy.models.chat import render
-    from toy.models.generate import prompt_ids
+    from toy.models.generate import chat_ids, prompt_ids
 
-    if chat:
-        if not text.strip():
-            raise ToyError("bad_flag", "--chat needs a message", 'give one: --prompt "Hello"')
-        text = render(tokenizer, [{"role": "user", "content": text}], str(path))
-    return prompt_ids(tokenizer, text)
+    if not chat:
+        return prompt_ids(tokenizer, text)
+    if not text.strip():
+        raise ToyError("bad_flag", "--chat needs a message", 'give one: --prompt "Hello"')
+    return chat_ids(tokenizer, text, str(path))
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str | None:
@@ -246,10 +245,3 @@ def _speed(timings: dict[str, float], reason: str) -> str:
         f"{timings.get('decode_tokens', 0):.0f} tokens ({why}), {timings.get('tokens_per_second', 0):.1f} tokens/s; "
         f"prompt {timings.get('prefill_tokens', 0):.0f} tokens, {prefill:.0f} tokens/s"
     )
-
-
-def sample_text(gguf: str | Path, prompt: str, n: int, seed: int, temperature: float = 0.8) -> str:
-    """Up to `n` tokens after `prompt`, for the end of `toy train`."""
-    from toy.models import generate
-
-    return generate.sample_text(gguf, prompt, n, seed, temperature)

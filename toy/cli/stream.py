@@ -7,12 +7,13 @@ import os
 import re
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from toy import config, recipes
+from toy import config, corpora, recipes
 from toy.cli.common import bytes_text, count_text, duration_text, emit, quote, say
 from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, KINDS, ToyError, one_line, shown
 from toy.runs import Claim, curve, events, point_latest
@@ -243,14 +244,29 @@ class Training:
         model, more = gguf, dict[str, Any]()
         if self.cfg.run.recipe == "lora":
             model, more = Path(self.cfg.lora.base), {"adapter": gguf}
+        prompts = ["The", "\n", "a"]  # no space at the end: bpe puts it before the next word
+        if self.question:
+            prompts, more["chat"], more["temperature"] = [self.question[0]], self.question[1], 0.0
         problem: Exception | None = None
-        for prompt in ("The", "\n", "a"):  # no space at the end: bpe puts it before the next word
+        for prompt in prompts:
             try:
                 return prompt, sample_text(model, prompt, SAMPLE_TOKENS, self.cfg.run.seed, **more)
             except Exception as error:
                 problem = problem or error
         say(f"warning: no sample: {one_line(problem)}")
         return "", None
+
+    @cached_property
+    def question(self) -> tuple[str, bool] | None:
+        """What the first example asks, and whether as a chat: an adapter is shown by its answer."""
+        if self.cfg.run.recipe != "lora":
+            return None
+        try:
+            if corpora.kind_of(self.cfg.data.corpus, texts_are_examples=True) != "examples":
+                return None
+            return corpora.first_question(self.cfg.data.corpus)
+        except (ToyError, OSError):
+            return None  # the file may be gone by now
 
     def summary(self, document: dict[str, Any], prompt: str, text: str | None) -> None:
         """For people: on stderr where stdout is a pipe, which gets step lines and nothing else."""
@@ -272,7 +288,7 @@ class Training:
         if document["reason"] == "early_stop":
             lines.append(f"stopped early: no better validation loss in {self.cfg.eval.patience} validations")
         if text is not None:
-            shown_text = text if text.startswith(prompt) else prompt + text
+            shown_text = text if text.startswith(prompt) else prompt + ("\n" if self.question else "") + text
             lines += ["", *("    " + line for line in shown_text.strip("\n").splitlines()[:20]), ""]
         if document["gguf"]:
             what = "adapter" if document["base"] else "model"
@@ -284,6 +300,8 @@ class Training:
     def infer_command(self, prompt: str) -> str:
         """A lora run brings its base, so that every run is named alike."""
         words = "--image FILE" if self.cfg.run.arch == "vit" else f"--prompt {quote(prompt or 'The')}"
+        if self.question and self.question[1]:
+            words = f"--chat {words}"
         return f"toy infer {quote(shown(self.run))} {words}"
 
 

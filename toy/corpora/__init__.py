@@ -1,6 +1,6 @@
 """Text, folders, JSONL, images and packed ids -> what a runner reads, with a manifest that makes it checkable."""
 
-from toy.corpora.examples import check_examples, kind_of, prepare_examples
+from toy.corpora.examples import check_examples, first_question, kind_of, prepare_examples
 from toy.corpora.images import PreparedImages, check_images, is_images, pack_one, prepare_images
 from toy.corpora.making import check, default_cache_dir, default_sequences, prepare, token_count, vocabulary_size
 from toy.corpora.packed import Prepared
@@ -13,6 +13,7 @@ __all__ = [
     "check_images",
     "default_cache_dir",
     "default_sequences",
+    "first_question",
     "is_images",
     "kind_of",
     "pack_one",

@@ -190,6 +190,18 @@ def _load_packed(path: Path, tokenizer: str, like: Prepared | None) -> Prepared:
 # Lines
 
 
+def first_question(corpus: str | Path) -> tuple[str, bool] | None:
+    """What the first example asks, and whether it asks as a chat; None where there is no question, as in {text}."""
+    path = Path(corpus).expanduser()
+    if packed.is_packed(path):
+        return None
+    for record in _records(_parts(open_source(path))[0], lambda n: None):
+        asked = [message["content"] for message in record.messages if message["role"] == "user"]
+        question = asked[0] if asked else record.prompt
+        return (question, bool(asked)) if question.strip() else None
+    return None
+
+
 def _parts(source: Source) -> tuple[list[Part], list[Part]]:
     lines = [part for part in source.parts if part.name.endswith(tuple(JSONL))]
     return lines, [part for part in source.parts if part not in lines]

@@ -196,18 +196,26 @@ def sample_text(
     temperature: float = 0.8,
     threads: int = 0,
     adapter: str | Path | None = None,
+    chat: bool = False,
 ) -> str:
     """A continuation of `prompt` by the model in `gguf`, with an adapter over it; without a prompt, the beginning of a
-    new document."""
+    new document. `chat`: the answer to it."""
     from toy.models import adapters
 
     card, lora = adapters.choose(os.fspath(gguf), os.fspath(adapter) if adapter else None)
     tokenizer = Tokenizer.from_gguf(card.path)
     sampling = Sampling(temperature=temperature, seed=seed)
-    ids = prompt_ids(tokenizer, prompt)
+    ids = chat_ids(tokenizer, prompt, str(gguf)) if chat else prompt_ids(tokenizer, prompt)
     made = generate(card, ids, n, sampling, stop=tokenizer.stop_ids, threads=threads, adapter=lora)
     decoder = tokenizer.stream()
     return "".join(decoder.push(i) for i in made.ids) + decoder.finish()
+
+
+def chat_ids(tokenizer: Tokenizer, message: str, source: str) -> list[int]:
+    """Ids up to where the assistant answers a user's message. Raises ToyError (bad_flag, bad_file)."""
+    from toy.models.chat import render
+
+    return prompt_ids(tokenizer, render(tokenizer, [{"role": "user", "content": message}], source))
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
