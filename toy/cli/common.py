@@ -105,7 +105,12 @@ def quote(word: object) -> str:
     """`word` as it can be typed in a shell."""
     import shlex
 
-    return shlex.quote(str(word))
+    text = str(word)
+    if "\n" in text or "\t" in text:  # one line, in bash and zsh
+        for plain, typed in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\t", "\\t")):
+            text = text.replace(plain, typed)
+        return f"$'{text}'"
+    return shlex.quote(text)
 
 
 def bytes_text(n: float) -> str:

@@ -288,7 +288,8 @@ class Training:
         if document["reason"] == "early_stop":
             lines.append(f"stopped early: no better validation loss in {self.cfg.eval.patience} validations")
         if text is not None:
-            shown_text = text if text.startswith(prompt) else prompt + ("\n" if self.question else "") + text
+            before = prompt.rstrip("\n") + "\n" if self.question else prompt
+            shown_text = text if text.startswith(prompt) else before + text
             lines += ["", *("    " + line for line in shown_text.strip("\n").splitlines()[:20]), ""]
         if document["gguf"]:
             what = "adapter" if document["base"] else "model"
