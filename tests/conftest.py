@@ -84,17 +84,25 @@ def trained(home: dict[str, str], built: None, tmp_path_factory: pytest.TempPath
     return Trained(Toy(folder, home), folder, *TINY, "--set", "checkpoint.every=20")
 
 
-@pytest.fixture(scope="session", params=["bytes", "chars", "bpe"])
+#: Models that say more than one letter: (architecture, tokenizer).
+SPOKEN = [("llama", "bytes"), ("llama", "chars"), ("llama", "bpe"), ("gpt2", "bytes"), ("gpt2", "bpe")]
+
+
+@pytest.fixture(scope="session", params=SPOKEN, ids="-".join)
 def spoken(
     request: pytest.FixtureRequest, home: dict[str, str], built: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
-    """A grouped-query model for each kind of tokenizer, trained until it says more than one letter."""
-    folder = tmp_path_factory.mktemp(f"spoken-{request.param}")
+    """A llama of grouped queries for each kind of tokenizer, and two gpt2; untied heads among both."""
+    arch, tokenizer = request.param
+    folder = tmp_path_factory.mktemp(f"spoken-{arch}-{tokenizer}")
     knobs = {
-        "data.tokenizer": request.param, "model.vocab_size": 400 if request.param == "bpe" else 0,
-        "model.n_head_kv": 2, "model.tie_embeddings": str(request.param != "chars").lower(), "model.context": 128,
-        "train.learning_rate": 0.01, "eval.batches": 1,
+        "run.arch": arch,
+        "data.tokenizer": tokenizer, "model.vocab_size": 400 if tokenizer == "bpe" else 0,
+        "model.tie_embeddings": str((arch, tokenizer) not in (("llama", "chars"), ("gpt2", "bytes"))).lower(),
+        "model.context": 128, "train.learning_rate": 0.01, "eval.batches": 1,
     }  # fmt: skip
+    if arch == "llama":
+        knobs["model.n_head_kv"] = 2
     sets = [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
     flags = ("--preset", "tiny", "--corpus", EXCERPT, "--steps", 150, "--no-sample")
     return Trained(Toy(folder, home), folder, *flags, *sets)

@@ -29,10 +29,10 @@ def value_kind(value: Any) -> tuple[int, bytes]:
         return F32, struct.pack("<f", value)
     if isinstance(value, str):
         return STRING, text(value)
-    if isinstance(value[0], int):
+    if value and isinstance(value[0], int):
         return ARRAY, struct.pack(f"<IQ{len(value)}i", I32, len(value), *value)
     items = [value_kind(item) for item in value]
-    return ARRAY, struct.pack("<IQ", items[0][0], len(items)) + b"".join(data for _, data in items)
+    return ARRAY, struct.pack("<IQ", items[0][0] if items else STRING, len(items)) + b"".join(data for _, data in items)
 
 
 def padded(data: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Runners killed with SIGKILL at chosen moments and resumed each time, against the same run left alone.
 
-The runner is started as `toy train` starts it, with an environment and a config.kv, but without the command line, so that a
-run takes a second and many can be killed.
+The runner is started as `toy train` starts it, with an environment and a config.kv, but without the command line, so
+that a run takes a second and many can be killed.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def poll(look: Callable[[], bool], popen: subprocess.Popen[str], seconds: float 
 
 
 def kill_at(running: Running, moment: str, step: int, steps: int, pace: float, chance: random.Random) -> Segment:
-    """SIGKILL at a random time of the given kind, at or after `step`. `pace`: seconds that a step takes, saves included."""
+    """SIGKILL at a random time of the given kind, at or after `step`. `pace`: seconds that a step takes, saves
+    included."""
     checkpoints, events = running.run / "checkpoints", running.run / "events.jsonl"
     if moment == "start":
         time.sleep(chance.uniform(0, 0.03))

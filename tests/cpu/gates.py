@@ -1,4 +1,5 @@
-"""The gates under data/gates/: each a NAME.yml, repeated as data/gates/README.md says, and NAME.txt, its recorded step lines.
+"""The gates under data/gates/: each a NAME.yml, repeated as data/gates/README.md says, and NAME.txt, its recorded
+step lines.
 
     python tests/cpu/gates.py [NAME ...]        record them anew (all of them, unless named)
     python tests/cpu/gates.py --base            make shakespeare-mixed.gguf anew; then lora and warm-start change too

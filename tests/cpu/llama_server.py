@@ -11,12 +11,15 @@ import xllamacpp
 
 
 class LlamaCpp:
-    """A model in llama.cpp's server. `exact`: keys and values in f32, attention unfused; otherwise its defaults."""
+    """A model in llama.cpp's server, with a LoRA adapter if one is given. `exact`: keys and values in f32, attention
+    unfused; otherwise its defaults."""
 
-    def __init__(self, gguf: Path, *, exact: bool = True, context: int = 0) -> None:
+    def __init__(self, gguf: Path, *, exact: bool = True, context: int = 0, adapter: Path | None = None) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(gguf)
         params.n_ctx = context
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         params.n_parallel = 1
         # one thread: on a busy machine llama.cpp's threads wait for each other far longer than they compute
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1

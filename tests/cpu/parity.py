@@ -185,8 +185,8 @@ LORA_CASES = [
     lora_case("lora-answers", RandomModel(kind="Q8_0"), {"targets": "ffn_up,ffn_gate,attn_output"}, examples=True,
               train={"batch": 6, "micro_batch": 2}, dumped=True),
     lora_case(
-        "lora-odd-sizes", RandomModel(n_layer=3, n_embd=42, n_head=7, n_head_kv=7, n_ff=51, vocab_size=77, norm_eps=1e-3,
-                                      rope_freq_base=500.0),
+        "lora-odd-sizes", RandomModel(n_layer=3, n_embd=42, n_head=7, n_head_kv=7, n_ff=51, vocab_size=77,
+        norm_eps=1e-3, rope_freq_base=500.0),
         {"rank": 7}, model={"context": 19}, train={"batch": 5, "weight_decay": 0.3, "warmup_steps": 0},
     ),
 ]  # fmt: skip

@@ -104,8 +104,8 @@ def test_no_number_comes_from_libm(name: str, built_portable: None, tmp_path: Pa
     """Another libm under the portable runners, and every step, evaluation and weight is the same."""
     (tmp_path / "other.c").write_text(OTHER_LIBM)
     library = tmp_path / "other.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-fno-builtin", "-w", "-o", library, tmp_path / "other.c", "-ldl", "-lm"],
-                   check=True)  # fmt: skip
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-fno-builtin", "-w", "-o", library, tmp_path / "other.c",
+                    "-ldl", "-lm"], check=True)  # fmt: skip
     job = replace(JOBS[name], runner=f"portable/{JOBS[name].runner}")
     files = job.files(new_folder(tmp_path / "data"))
     ends = []

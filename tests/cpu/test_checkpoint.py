@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gates import GATES, NAMES
 from gguf_files import RandomModel
 from harness import TINY, Toy, config_kv, read_events
-from killing import JOBS, new_folder, run_through
+from killing import JOBS, new_folder, run_through, weights_of
 from packed_data import write_tokens
 
 
@@ -142,9 +145,10 @@ def test_another_configuration_is_refused_by_name(
     "sections",
     [
         {"train": {"steps": 70}}, {"eval": {"every": 3, "batches": 2, "patience": 9}}, {"run": {"threads": 2}},
-        {"checkpoint": {"every": 1, "keep": 9, "keep_every": 4, "keep_best": False}}, {"run": {"name": "b", "notes": "c"}},
+        {"checkpoint": {"every": 1, "keep": 9, "keep_every": 4, "keep_best": False}},
+        {"run": {"name": "b", "notes": "c"}},
     ],
-    ids=lambda sections: ",".join(sections),
+    ids=",".join,
 )  # fmt: skip
 def test_what_may_change_may(tokens: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
     _, path = saved(tokens, tmp_path)
@@ -241,8 +245,6 @@ def test_other_data_is_refused_by_name(name: str, changed: str, built: None, tmp
 
 
 def test_a_stopped_run_goes_on_to_the_byte(toy: Toy) -> None:
-    from toy import _native
-
     flags = (*TINY, "--steps", 60, "--set", "eval.every=0", "--set", "eval.batches=1")
     whole = toy("train", *flags, "--out", "whole").ok()
     with toy.start("train", *flags, "--out", "stopped", "--set", "run.threads=1") as process:
@@ -260,28 +262,43 @@ def test_a_stopped_run_goes_on_to_the_byte(toy: Toy) -> None:
 
     resumed = toy("train", "--resume", "stopped", "--no-sample", "--out", "resumed").ok()
     assert resumed.steps == whole.steps[stopped_at:]
-    files = [toy.cwd / name / "weights" / "model.gguf" for name in ("whole", "resumed")]
-    a, b = (file.read_bytes()[_native.gguf_read(str(file))["data_offset"] :] for file in files)
-    assert a == b
+    ours, theirs = (toy.cwd / name / "weights" / "model.gguf" for name in ("resumed", "whole"))
+    assert weights_of(ours) == weights_of(theirs)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_byte(toy: Toy) -> None:
-    import os
-    import signal
+RUNNERS = {
+    "llama": "toy-train", "warm-start": "toy-train", "gpt2": "toy-train-gpt2", "lora": "toy-train-lora",
+    "vit-tiny": "toy-train-vit",
+}  # fmt: skip
 
-    flags = (*TINY, "--steps", 60, "--set", "eval.every=0", "--set", "eval.batches=1", "--set", "checkpoint.every=5")
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_at_any_moment_it_goes_on_to_the_byte(name: str, toy: Toy) -> None:
+    """Every recipe by the command line alone: train, kill, `--resume`. (By the runners, at more moments:
+    test_resume_kill.py.)"""
+    flags = (
+        "--config",
+        GATES / f"{name}.yml",
+        "--set",
+        "run.build=native",
+        "--set",
+        "checkpoint.every=3",
+        "--no-sample",
+    )
     whole = toy("train", *flags, "--out", "whole").ok()
     with toy.start("train", *flags, "--out", "killed") as process:
-        process.read_step(23)
-        os.kill(process.runner(), signal.SIGKILL)
+        process.read_step(14)
+        os.kill(process.runner(RUNNERS[name]), signal.SIGKILL)
         result = process.finish()
     assert result.code == 1
     latest = (toy.cwd / "killed" / "checkpoints" / "latest").resolve()
     assert (latest / "DONE").is_file()
     step = int(latest.name.removeprefix("step_"))
-    assert step >= 20
+    assert 12 <= step < len(whole.steps)
     resumed = toy("train", "--resume", "killed", "--no-sample", "--out", "resumed").ok()
     assert resumed.steps == whole.steps[step:]
+    [ours], [theirs] = ((toy.cwd / run / "weights").glob("*.gguf") for run in ("resumed", "whole"))
+    assert weights_of(ours) == weights_of(theirs)
 
 
 def test_a_torn_checkpoint_is_refused_by_name(toy: Toy) -> None:

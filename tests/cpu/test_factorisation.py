@@ -1,5 +1,5 @@
-"""Micro-batch x accumulation: however a step is cut into rounds, the update is the same. Nothing frozen moves, and the number of
-threads changes no bit."""
+"""Micro-batch x accumulation: however a step is cut into rounds, the update is the same. Nothing frozen moves, and
+the number of threads changes no bit."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def cut(case: Case, micro_batch: int) -> Case:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_factorisation_is_the_same_update(case: Case, tmp_path: Path) -> None:
     """8 x 1, 4 x 2, 2 x 4, 1 x 8: the same terms in sums of another order, so 1e-7 at each of some hundred additions,
-    relative to the largest of them. AdamW divides a gradient by its own size, so that after one step weights are compared
-    by what they moved: where a gradient is nothing but rounding, by up to the learning rate."""
+    relative to the largest of them. AdamW divides a gradient by its own size, so that after one step weights are
+    compared by what they moved: where a gradient is nothing but rounding, by up to the learning rate."""
     whole = parity.trainer(case, tmp_path)
     before, first = whole.weights(), whole.step()
     gradients, moved = whole.gradients(), {name: value - before[name] for name, value in whole.weights().items()}

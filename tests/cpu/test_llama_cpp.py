@@ -67,14 +67,16 @@ def same_up_to_a_tie(ours: dict[str, Any], ids: list[int], top: list[list[tuple[
 
 @needs_llama_cpp
 def test_llama_cpp_says_the_same(spoken: Trained, toy: Toy) -> None:
-    """64 greedy tokens and their log-probabilities. f32 on both sides, so what is left is the order of sums."""
+    """64 greedy tokens and their log-probabilities. f32 on both sides, so what is left is the order of sums;
+    llama.cpp takes a gpt2's GELU from a table in f16."""
     server = load(spoken.gguf)
+    noise = 1e-4 if spoken.config["run"]["arch"] == "llama" else 1e-3
     said = set()
     for prompt in PROMPTS:
         ours = infer(toy, spoken.run, "--prompt", prompt)
         ids, top = server.greedy(ours["prompt_ids"], 64, 5)
         same = same_up_to_a_tie(ours, ids, top)
-        assert worst(candidates(ours)[:same], top[:same]) < 1e-4
+        assert worst(candidates(ours)[:same], top[:same]) < noise
         said.update(ids)
     assert len(said) > 4, "the model says too little to prove anything"
 

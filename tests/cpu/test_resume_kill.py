@@ -1,5 +1,6 @@
-"""Every recipe killed with SIGKILL twenty times — during steps, saves, evaluations, the export, in later epochs — and resumed each
-time: the same step lines, evaluations, checkpoint and weights, byte for byte, as the run that was left alone."""
+"""Every recipe killed with SIGKILL twenty times — during steps, saves, evaluations, the export, in later epochs —
+and resumed each time: the same step lines, evaluations, checkpoint and weights, byte for byte, as the run that was
+left alone."""
 
 from __future__ import annotations
 

@@ -53,9 +53,7 @@ def test_a_batch_is_the_images_normalised_and_cut(case: Case, tmp_path: Path) ->
 
 
 def test_flipped_images_are_their_mirror_images(tmp_path: Path) -> None:
-    case = Case(
-        "flip", VIT_CASES[1].model, {"batch": 9}, arch="vit", recipe="vit-tiny", data={"augment_flip": True}
-    )
+    case = Case("flip", VIT_CASES[1].model, {"batch": 9}, arch="vit", recipe="vit-tiny", data={"augment_flip": True})
     images, _ = scaled(case)
     straight, mirrored = (patches_of(case, x).reshape(N_IMAGES, -1) for x in (images, images[..., ::-1]))
     reader, flips = parity.trainer(case, tmp_path), []

@@ -1,4 +1,5 @@
-"""warm-start against PyTorch: what it begins with, what is frozen, learning-rate groups. (Dumps: test_torch_parity.py.)"""
+"""warm-start against PyTorch: what it begins with, what is frozen, learning-rate groups. (Dumps:
+test_torch_parity.py.)"""
 
 from __future__ import annotations
 

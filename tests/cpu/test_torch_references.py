@@ -93,9 +93,7 @@ def test_llama_and_qwen2(arch: str) -> None:
         for i in range(LAYERS):
             for name, heads in (("q", HEADS), ("k", KV_HEADS)):
                 w = weights[f"blk.{i}.attn_{name}.weight"]
-                weights[f"blk.{i}.attn_{name}.weight"] = (
-                    w.reshape(heads, 2, -1, C).swapaxes(1, 2).reshape(w.shape)
-                )
+                weights[f"blk.{i}.attn_{name}.weight"] = w.reshape(heads, 2, -1, C).swapaxes(1, 2).reshape(w.shape)
     shape = Shape(LAYERS, C, HEADS, KV_HEADS, 500.0, EPS, halves=arch == "qwen2")
     same(Llama(shape, weights)(tokens()), theirs(tokens()).logits)
 
@@ -144,7 +142,8 @@ def test_an_adapter_is_a_change_of_its_matrices(arch: str) -> None:
     random, adapters, merged = np.random.RandomState(9), {}, dict(base)
     for name, value in base.items():
         if "attn_q.weight" in name or "ffn_down" in name:
-            a, b = (random.standard_normal(s).astype(np.float32) / 4 for s in ((3, value.shape[1]), (value.shape[0], 3)))
+            shapes = (3, value.shape[1]), (value.shape[0], 3)
+            a, b = (random.standard_normal(shape).astype(np.float32) / 4 for shape in shapes)
             adapters |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
             merged[name] = value + 6 / 3 * b @ a
     same(Lora(shape, base, adapters, alpha=6)(tokens()), Llama(shape, merged)(tokens()))

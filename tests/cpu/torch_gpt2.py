@@ -37,9 +37,7 @@ class Blocks(nn.Module):
         return {name: p for name, p in self.w.items() if p.requires_grad}
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        return fn.layer_norm(
-            x, (x.shape[-1],), self.w[f"{name}.weight"], self.w[f"{name}.bias"], self.shape.norm_eps
-        )
+        return fn.layer_norm(x, (x.shape[-1],), self.w[f"{name}.weight"], self.w[f"{name}.bias"], self.shape.norm_eps)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]

@@ -11,9 +11,7 @@ from torch_llama import Array, Llama, Shape, parameters
 class Lora(Llama):
     """y = W x + b + alpha/r B A x. adapters: <base tensor>.lora_a [r, n_in] and <base tensor>.lora_b [n_out, r]."""
 
-    def __init__(
-        self, shape: Shape, base: Mapping[str, Array], adapters: Mapping[str, Array], alpha: float
-    ) -> None:
+    def __init__(self, shape: Shape, base: Mapping[str, Array], adapters: Mapping[str, Array], alpha: float) -> None:
         super().__init__(shape, base, trains=lambda name: False)
         self.adapters = parameters(adapters, lambda name: True)
         self.alpha = alpha

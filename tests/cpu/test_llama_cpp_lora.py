@@ -1,0 +1,109 @@
+"""Adapters in llama.cpp: what `toy train lora` writes, applied by llama.cpp to the base as it is, says what `toy
+infer` says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Trained
+from gates import BASE, GATES
+from gguf_files import RandomModel, dequantise, rewrite
+from harness import EXCERPT, Toy
+from test_llama_cpp import PROMPTS, candidates, infer, load, needs_llama_cpp, same_up_to_a_tie, worst
+
+pytestmark = needs_llama_cpp
+
+#: Bases by name: of every matrix type in one file, the same in f32 and in f16, and a qwen2 with its biases.
+BASES = ("mixed", "f32", "f16", "qwen2", "qwen2-q4_1")
+
+
+def tokenizer_of(gguf: Path) -> dict[str, Any]:
+    from toy import _native
+
+    metadata = _native.gguf_read(str(gguf))["metadata"]
+    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+
+
+def make_base(kind: str, path: Path) -> Path:
+    if kind == "mixed":
+        path.write_bytes(BASE.read_bytes())
+        return path
+    if kind == "f32":
+        return dequantise(BASE, path)
+    if kind == "f16":
+        return rewrite(BASE, path, lambda name, shape: "F16" if len(shape) > 1 else "F32")
+    vocabulary = tokenizer_of(BASE)
+    model = RandomModel(
+        "qwen2", kind="Q4_1" if "q4_1" in kind else "F32", n_embd=64, n_ff=96, context=128,
+        vocab_size=len(vocabulary["tokenizer.ggml.tokens"]),
+    )  # fmt: skip
+    return model.write(path, vocabulary)
+
+
+@pytest.fixture(scope="module", params=BASES)
+def adapted(
+    request: pytest.FixtureRequest, home: dict[str, str], built: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path, Trained]]:
+    """(kind, base, a lora run over it); the base's bytes are those it had."""
+    folder = tmp_path_factory.mktemp(f"adapted-{request.param}")
+    base = make_base(request.param, folder / "base.gguf")
+    before = hashlib.sha256(base.read_bytes()).hexdigest()
+    corpus = EXCERPT if request.param != "f16" else GATES / "questions.jsonl"
+    sets = ("--set", "train.batch=8", "--set", "train.learning_rate=0.01", "--set", "eval.batches=1")
+    flags = ("--recipe", "lora", "--model", base, "--corpus", corpus, "--steps", 60, "--rank", 6, *sets, "--no-sample")
+    run = Trained(Toy(folder, home), folder, *flags)
+    yield request.param, base, run
+    assert hashlib.sha256(base.read_bytes()).hexdigest() == before
+
+
+#: Both sides round the other side of a product as the matrix' type has it: to eight bits in blocks, or to f16, where
+#: sums in another order are 6e-4 apart after a few tokens. Models as small as these do not carry such roundings on.
+NOISE = 1e-3
+
+
+def test_llama_cpp_says_the_same(adapted: tuple[str, Path, Trained], toy: Toy) -> None:
+    _, base, run = adapted
+    adapter = run.run / "weights" / "adapter.gguf"
+    server, plain = load(base, adapter=adapter, context=128), load(base, context=128)
+    moved = 0.0
+    for prompt in PROMPTS[:3]:
+        ours = infer(toy, base, "--adapter", adapter, "--prompt", prompt, n=40)
+        ids, top = server.greedy(ours["prompt_ids"], len(ours["ids"]), 5)  # ours may end an answer
+        same = same_up_to_a_tie(ours, ids, top)
+        assert worst(candidates(ours)[:same], top[:same]) < NOISE
+        _, without = plain.greedy(ours["prompt_ids"], 1, 5)
+        moved = max(moved, abs(candidates(ours)[0][0][1] - dict(without[0]).get(candidates(ours)[0][0][0], -9)))
+    assert moved > 0.05, "the adapter does nothing"
+
+
+def test_the_file_is_in_llama_cpps_format(adapted: tuple[str, Path, Trained]) -> None:
+    from toy import _native
+
+    _, base, run = adapted
+    found = _native.gguf_read(str(run.run / "weights" / "adapter.gguf"))
+    metadata, theirs = found["metadata"], _native.gguf_read(str(base))
+    assert metadata["general.type"] == "adapter"
+    assert metadata["adapter.type"] == "lora"
+    assert metadata["general.architecture"] == theirs["metadata"]["general.architecture"]
+    assert metadata["adapter.lora.alpha"] == 12.0
+    assert metadata["toy.lora.base_sha256"] == hashlib.sha256(base.read_bytes()).hexdigest()
+    shapes = {tensor["name"]: tensor["shape"] for tensor in theirs["tensors"]}
+    pairs = {tensor["name"]: tensor["shape"] for tensor in found["tensors"]}
+    assert len(pairs) == 2 * 2 * 7
+    for name, shape in pairs.items():
+        n_in, n_out = shapes[name.removesuffix(".lora_a").removesuffix(".lora_b")]
+        assert shape == ([n_in, 6] if name.endswith(".lora_a") else [6, n_out])
+
+
+def test_a_decoder_with_the_adapter_says_what_the_run_says(adapted: tuple[str, Path, Trained], toy: Toy) -> None:
+    """`toy infer RUN` is the adapter over its own base."""
+    _, base, run = adapted
+    adapter = run.run / "weights" / "adapter.gguf"
+    one = infer(toy, base, "--adapter", adapter, "--prompt", "The ", n=8)
+    other = infer(toy, run.run, "--prompt", "The ", n=8)
+    assert one["ids"] == other["ids"]
+    assert candidates(one) == candidates(other)

