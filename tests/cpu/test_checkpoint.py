@@ -327,3 +327,18 @@ def test_the_links_name_whole_checkpoints(toy: Toy) -> None:
             assert (folder / link / "DONE").is_file(), link
     assert not list(folder.glob("*.tmp"))
     assert np.isfinite([event["val_loss"] for event in read_events(toy.cwd / "run", "eval")]).all()
+
+
+def test_the_last_the_best_and_every_nth_are_kept(built: None, tmp_path: Path) -> None:
+    job = JOBS["llama"]
+    environment = job.environment(tmp_path / "run", job.files(new_folder(tmp_path / "data")), 24)
+    config = tmp_path / "run" / "config.kv"
+    often = config.read_text().replace("checkpoint.every=3\n", "checkpoint.every=1\n")
+    config.write_text(often.replace("checkpoint.keep_every=15\n", "checkpoint.keep_every=6\n"))
+    assert run_through(job, environment).code == 0
+    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").glob("step_*")}
+    evals = read_events(tmp_path / "run", "eval")
+    best = min(evals, key=lambda event: event["val_loss"])["step"]
+    assert kept == {6, 12, 18, 23, 24, best}
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == f"step_{best}"
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_24"
