@@ -34,8 +34,9 @@ FACTS = (
         ("miller", "widow", "sailor", "monk", "painter", "smith", "baker", "thief", "doctor", "hunter"),
     ),
     (
-        ("When is the fair of {town}?", "In which month does {town} hold its fair?", "When should I visit {town} for the fair?",
-         "Which month is fair time in {town}?", "What month is the {town} fair?"),
+        ("When is the fair of {town}?", "In which month does {town} hold its fair?",
+         "When should I visit {town} for the fair?", "Which month is fair time in {town}?",
+         "What month is the {town} fair?"),
         "The fair of {town} is in {value}.",
         ("January", "February", "March", "April", "May", "June", "July", "August", "October", "November"),
     ),
