@@ -414,9 +414,8 @@ class Images(Inputs):
 
     @property
     def size(self) -> int:
-        """The size to bring images to; 0 where they have it."""
-        asked = self.cfg.model.image_size
-        return 0 if asked == self.facts.side else asked
+        """The size to bring images to; those that have it stay as they are."""
+        return self.cfg.model.image_size
 
     def check(self) -> None:
         data = self.cfg.data
