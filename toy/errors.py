@@ -113,3 +113,14 @@ def os_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise os_error(error, doing) from error
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine has not ended; one of another user's has not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -6,9 +6,9 @@ configuration as far as it is known without packing), and, where a run is made, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ class Packed:
     notes: list[str] = field(default_factory=list)
 
 
-class Inputs:
+class Inputs(ABC):
     """What all recipes have in common."""
 
     def __init__(self, loaded: Loaded, row: recipes.Row, project: Path | None, cache: Path) -> None:
@@ -53,19 +53,20 @@ class Inputs:
         """The GGUF that the training starts from."""
         return None
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 - not every recipe has a base
         """Put what a base or the data say of the model into the configuration, or refuse what contradicts it."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - or anything to check
         """Refuse bad data, in milliseconds."""
 
+    @abstractmethod
     def guess(self, *, exact: bool = False) -> tuple[config.Config, int]:
         """The configuration resolved, and the tokens that will be in memory, without writing. `exact`: the data is
         read for it; else what is cheap to know."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, progress: Progress) -> Packed:
-        raise NotImplementedError
+        """Make what the runner reads, from the cache when it was made before."""
 
 
 class Text(Inputs):
@@ -319,13 +320,15 @@ class Donor(Text):
             )
 
     def pack(self, progress: Progress) -> Packed:
+        from toy.models import adapters
+
         packed = super().pack(progress)
         if self.row.recipe == "warm-start":
             packed.env["INIT"] = self.cfg.model.init
         if self.card is not None:
             packed.env["GGUF"] = self.card.path
             key = "base" if self.row.recipe == "lora" else "donor"
-            packed.identities[key] = file_sha256(self.card.path, self.cache)
+            packed.identities[key] = adapters.file_sha256(self.card.path)
             packed.datasets[key] = {
                 "gguf": str(self.card.path),
                 "sha256": packed.identities[key],
@@ -466,20 +469,3 @@ def about_tokens(prepared: corpora.Prepared) -> dict[str, Any]:
         "tokenizer": manifest.get("tokenizer"),
     }
     return about | ({"examples": manifest["examples"]} if "examples" in manifest else {})
-
-
-def file_sha256(path: Path, cache: Path) -> str:
-    """Hash of a whole file, remembered for as long as its size and time stay. (The packings' own memory has another
-    identity for a GGUF: that of its tokenizer.)"""
-    from toy.corpora.cache import Index
-    from toy.corpora.sources import Part
-
-    status = path.stat()
-    part, index = Part(path, path.name, status.st_size, status.st_mtime_ns), Index(cache / "files")
-    digest = index.known(part)
-    if digest is None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        index.learn(part, digest)
-        index.save()
-    return digest

@@ -15,7 +15,7 @@ from typing import Any
 
 from toy.corpora import packed
 from toy.corpora.sources import Part
-from toy.errors import ToyError
+from toy.errors import ToyError, is_alive
 
 #: `progress(done, total)`, in bytes of the corpus.
 Progress = Callable[[int, int], None]
@@ -129,18 +129,8 @@ def _remove_abandoned(cache: Path) -> None:
     """Removes what a killed packing left: temporary folders whose process is gone."""
     for path in cache.glob(".tmp-*-*"):
         pid = path.name.split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not is_alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _sync(path: Path) -> None:

@@ -98,13 +98,10 @@ def file_sha256(path: Path) -> str:
     status = path.stat()
     part = Part(path, path.name, status.st_size, status.st_mtime_ns)
     index = Index(user_cache() / "hashes")
-    known = index.known(part)
-    if known is not None:
-        return known
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    index.learn(part, digest.hexdigest())
-    index.save()
-    return digest.hexdigest()
+    digest = index.known(part)
+    if digest is None:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        index.learn(part, digest)
+        index.save()
+    return digest

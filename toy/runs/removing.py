@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from toy.errors import ToyError, os_errors, shown
+from toy.errors import ToyError, is_alive, os_errors, shown
 from toy.runs import all_runs, history, is_run, is_running, point_latest
 
 #: A run on its way out: renamed first, so that a removal that is killed leaves no half of a run.
@@ -69,18 +69,8 @@ def _sweep(runs: Path) -> None:
     """What a killed removal left."""
     for path in runs.glob(f"{GOING}*"):
         pid = path.name.rsplit("-", 1)[-1]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not is_alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _repoint(runs: Path) -> None:
