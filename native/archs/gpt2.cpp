@@ -30,6 +30,7 @@ static tensor gpt2_forward(const net & n, const inputs & in) {
     tensor positions = ggml_get_rows(ctx, n.get("position_embd.weight"), in.positions);   // [C, T]
     x                = ggml_add(ctx, ggml_reshape_3d(ctx, x, C, T, B), positions);
     x                = ggml_reshape_2d(ctx, x, C, T * B);
+    ggml_set_name(x, "embeddings");
     for (int il = 0; il < hp.n_layer; il++) {
         x = gelu_block(n, il, x, T, in.mask);
     }

@@ -44,6 +44,7 @@ static tensor llama_forward(const net & n, const inputs & in) {
     const int64_t   D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv, T = in.positions->ne[0], B = in.tokens->ne[0] / T;
 
     tensor x = ggml_get_rows(ctx, n.get("token_embd.weight"), in.tokens);   // [C, T*B]
+    ggml_set_name(x, "embeddings");
     for (int il = 0; il < hp.n_layer; il++) {
         const std::string b = block_name(il);
 

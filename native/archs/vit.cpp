@@ -37,6 +37,7 @@ static tensor vit_forward(const net & n, const inputs & in) {
     }
     x = ggml_add(ctx, x, n.get("position_embd.weight"));
     x = ggml_reshape_2d(ctx, x, C, T * B);
+    ggml_set_name(x, "embeddings");
     for (int il = 0; il < hp.n_layer; il++) {
         x = gelu_block(n, il, x, T, nullptr);
     }

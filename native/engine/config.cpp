@@ -15,7 +15,8 @@ namespace toy {
 // Files are FREE by name: what is in them is compared by hash (DATASETS).
 enum sharing { SAME, FREE };
 
-const char * const MAY_CHANGE = "what may change: train.steps, eval.*, checkpoint.*, log.*, and threads, name, notes and stop_after of run";
+const char * const MAY_CHANGE =
+    "what may change: train.steps and recompute, eval.*, checkpoint.*, log.*, and threads, name, notes and stop_after of run";
 
 template <typename F>
 void config::each(F && f) {
@@ -71,6 +72,7 @@ void config::each(F && f) {
     f("train.dtype", train.dtype, SAME);
     f("train.freeze", train.freeze, SAME);
     f("train.embedding_lr_scale", train.embedding_lr_scale, SAME);
+    f("train.recompute", train.recompute, FREE);
     f("lora.base", lora.base, FREE);
     f("lora.rank", lora.rank, SAME);
     f("lora.alpha", lora.alpha, SAME);

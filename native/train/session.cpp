@@ -2,6 +2,7 @@
 
 #include "engine/error.h"
 #include "ggml-impl.h"   // ggml_graph_view
+#include "recompute.h"
 
 #include <algorithm>
 #include <cmath>
@@ -87,10 +88,11 @@ void session::build_inputs() {
 void session::build_step() {
     // forward and loss
     const size_t graph_size = 64 * w.params.size() + 512 * (hp.n_layer + 2);
-    ctx_graph =
-        ggml_init({ /*mem_size =*/graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, true), nullptr, /*no_alloc =*/true });
-    graph = ggml_new_graph_custom(ctx_graph, graph_size, true);
-    net n = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
+    ctx_graph               = ggml_init({ /*mem_size =*/graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, true) +
+                                              ggml_graph_overhead_custom(graph_size, false),
+                                          nullptr, /*no_alloc =*/true });
+    graph                   = ggml_new_graph_custom(ctx_graph, graph_size, true);
+    net n                   = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
     if (base) {
         lora = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), (float) (cfg.lora.alpha / cfg.lora.rank), (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();
@@ -121,6 +123,9 @@ void session::build_step() {
         }
     }
     ggml_build_backward_expand(ctx_graph, graph, grad_accs.data());
+    if (cfg.train.recompute) {
+        graph = recompute_blocks(ctx_graph, graph, n_forward);
+    }
 
     galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
     if (!ggml_gallocr_alloc_graph(galloc, graph)) {

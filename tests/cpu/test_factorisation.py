@@ -1,5 +1,5 @@
 """Micro-batch x accumulation: however a step is cut into rounds, the update is the same. Nothing frozen moves, and
-the number of threads changes no bit."""
+neither the number of threads nor computing activations a second time changes a bit."""
 
 from __future__ import annotations
 
@@ -65,6 +65,31 @@ def test_threads_change_no_bit(case: Case, tmp_path: Path) -> None:
         results.append((losses, ours.evaluate(), {name: w.tobytes() for name, w in ours.weights().items()}))
     assert results[1] == results[0]
     assert results[2] == results[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_activations_computed_again_change_no_bit(case: Case, tmp_path: Path) -> None:
+    from toy import _native
+
+    results: list[tuple[list[float], float, dict[str, bytes]]] = []
+    for again in (False, True):
+        again_case = replace(case, train=case.train | {"micro_batch": 4, "recompute": again})
+        ours = _native.Trainer(again_case.kv, again_case.env(tmp_path))
+        losses = [ours.step()["loss"] for _ in range(10)]
+        results.append((losses, ours.evaluate(), {name: w.tobytes() for name, w in ours.weights().items()}))
+    assert results[1] == results[0]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_activations_computed_again_need_not_be_kept(arch: str) -> None:
+    """Of each block only what it hands on is kept: of 12 blocks, less than a third of the whole."""
+    from toy import _native
+
+    needed = {}
+    for again in (False, True):
+        case = Case("deep", arch=arch, model={"n_layer": 12, "n_embd": 64}, train={"batch": 4, "recompute": again})
+        needed[again] = _native.plan(case.kv)["compute"]
+    assert needed[True] < needed[False] / 3
 
 
 def test_dropout_changes_the_steps_and_not_the_evaluation(tmp_path: Path) -> None:

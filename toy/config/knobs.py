@@ -221,7 +221,7 @@ class Train(Section):
     beta1: float = knob(0.9, "AdamW: decay of the first moment.", min=0.0, max=0.99999)
     beta2: float = knob(0.95, "AdamW: decay of the second moment.", min=0.0, max=0.999999)
     eps: float = knob(1e-8, "AdamW: added to the root of the second moment.", min=1e-30, max=1.0)
-    weight_decay: float = knob(0.1, "Decoupled weight decay, not on norms and biases.", min=0.0, max=10.0)
+    weight_decay: float = knob(0.1, "Decoupled weight decay, not on norms and biases.", min=0.0, max=100.0)
     grad_clip: float = knob(1.0, "Largest global norm of the gradient; 0: no clipping.", min=0.0, max=1e6)
     dtype: Literal["f32", "bf16"] = knob("f32", "Type of the matrix products.")
     freeze: str = knob(
@@ -229,6 +229,9 @@ class Train(Section):
     )
     embedding_lr_scale: float = knob(
         1.0, "Learning rate of token and position embeddings, relative to the rest.", min=0.0, max=1000.0, recipes=WHOLE
+    )
+    recompute: bool = knob(
+        False, "Compute a block's activations again for its gradients: less memory, a third more work, the same bytes."
     )
 
 

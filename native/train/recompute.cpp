@@ -1,0 +1,83 @@
+#include "recompute.h"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+
+namespace toy {
+
+static bool is_kept(const ggml_tensor * t) {
+    const std::string name = t->name, end = ".ffn_residual";
+    return name == "embeddings" || (name.size() > end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0);
+}
+
+namespace {
+
+struct recomputation {
+    ggml_context *                                   ctx;
+    std::unordered_set<ggml_tensor *>                inside;   // forward nodes of the blocks that are not kept
+    std::unordered_map<ggml_tensor *, ggml_tensor *> again;    // -> their second computation
+
+    // t as a gradient is to see it
+    ggml_tensor * of(ggml_tensor * t) {
+        if (inside.count(t) == 0) {
+            return t;
+        }
+        if (const auto it = again.find(t); it != again.end()) {
+            return it->second;
+        }
+        ggml_tensor * copy = ggml_new_tensor(ctx, t->type, GGML_MAX_DIMS, t->ne);
+        copy->op           = t->op;
+        copy->flags        = t->flags;
+        copy->view_offs    = t->view_offs;
+        memcpy(copy->nb, t->nb, sizeof(t->nb));
+        memcpy(copy->op_params, t->op_params, sizeof(t->op_params));
+        ggml_set_name(copy, t->name);
+        again[t] = copy;
+        take_sources(t, copy);
+        return copy;
+    }
+
+    void take_sources(ggml_tensor * from, ggml_tensor * to) {
+        for (int i = 0; i < GGML_MAX_SRC; i++) {
+            to->src[i] = from->src[i] ? of(from->src[i]) : nullptr;
+        }
+        to->view_src = from->view_src ? of(from->view_src) : nullptr;
+    }
+};
+
+}   // namespace
+
+ggml_cgraph * recompute_blocks(ggml_context * ctx, ggml_cgraph * graph, int n_forward) {
+    // the blocks: from the first kept tensor to the last
+    int first = n_forward, last = -1;
+    for (int i = 0; i < n_forward; i++) {
+        if (is_kept(ggml_graph_node(graph, i))) {
+            first = std::min(first, i);
+            last  = i;
+        }
+    }
+    recomputation r = { ctx, {}, {} };
+    for (int i = first; i < last; i++) {
+        ggml_tensor * t = ggml_graph_node(graph, i);
+        if (t->op != GGML_OP_NONE && !is_kept(t)) {
+            r.inside.insert(t);
+        }
+    }
+    // in the old order: what a gradient needs and is not there yet comes right before it
+    ggml_cgraph * out = ggml_new_graph_custom(ctx, graph->size, false);
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        ggml_tensor * t = ggml_graph_node(graph, i);
+        if (i >= n_forward) {
+            r.take_sources(t, t);
+        }
+        ggml_build_forward_expand(out, t);
+    }
+    return out;
+}
+
+}   // namespace toy
