@@ -131,10 +131,6 @@ void weights::start(uint64_t seed) {
     ggml_backend_buffer_clear(buf[2], 0);
 }
 
-void weights::zero_gradients() {
-    ggml_backend_buffer_clear(buf[1], 0);
-}
-
 int64_t weights::n_params(bool with_frozen) const {
     int64_t n = 0;
     for (const param & p : params) {

@@ -56,7 +56,6 @@ struct weights {
 
     void alloc(ggml_backend_t backend);   // memory is reserved, not touched: a dry run costs nothing
     void start(uint64_t seed);            // each tensor from its own random stream; moments to zero
-    void zero_gradients();
 
     int64_t n_params(bool with_frozen) const;
     size_t  bytes_weights() const, bytes_gradients() const, bytes_moments() const;

@@ -228,10 +228,115 @@ static void test_attention() {
         1e-2f, 2e-4);
 }
 
+// --- gradients that are added up in place ---------------------------------------------------------------------------
+
+// a weight that is used twice, one that is an embedding and the head, one product of matrices with a batch: sum of out*r
+static ggml_tensor * model_with_shared_weights(ggml_context * ctx, int64_t n_embd, int64_t n_vocab, int64_t n_tokens,
+                                               std::vector<ggml_tensor *> & params) {
+    params = { new_f32(ctx, { n_embd, n_vocab }), new_f32(ctx, { n_embd, n_embd }), new_f32(ctx, { n_vocab, 3 }) };
+    for (ggml_tensor * p : params) {
+        ggml_set_param(p);
+    }
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < n_tokens; ++i) {
+        ids.push_back((int32_t) (i * i % n_vocab));
+    }
+    ggml_tensor * x = ggml_get_rows(ctx, params[0], new_i32(ctx, ids));
+    x               = ggml_mul_mat(ctx, params[1], ggml_mul_mat(ctx, params[1], x));
+    x               = ggml_mul_mat(ctx, params[0], x);
+    x               = ggml_mul_mat(ctx, params[2], ggml_reshape_3d(ctx, x, n_vocab, n_tokens / 2, 2));
+    return ggml_sum(ctx, ggml_mul(ctx, x, new_f32(ctx, { 3, n_tokens / 2, 2 })));
+}
+
+static void test_accumulators() {
+    const std::vector<std::vector<int64_t>> shapes = {
+        // n_embd, n_vocab, n_tokens
+        { 5, 7, 4 },
+        { 33, 65, 18 },
+        { 32, 64, 2 },
+        { 47, 530, 800 },
+    };
+    for (const auto & s : shapes) {
+        const std::string          name = "accumulators " + std::to_string(s[0]) + "," + std::to_string(s[1]) + "," + std::to_string(s[2]);
+        context                    ctx;
+        std::vector<ggml_tensor *> params;
+        ggml_tensor *              loss = model_with_shared_weights(ctx, s[0], s[1], s[2], params);
+        ggml_set_loss(loss);
+        ggml_cgraph * plain = graph_of(ctx, loss);
+        ggml_build_backward_expand(ctx, plain, nullptr);
+        ggml_graph_reset(plain);
+        compute(plain, 1);
+
+        ggml_cgraph *              graph = graph_of(ctx, loss);
+        const int                  n     = ggml_graph_n_nodes(graph);
+        std::vector<ggml_tensor *> accs(n, nullptr);
+        std::vector<ggml_tensor *> sums;
+        for (int i = 0; i < n; ++i) {
+            for (ggml_tensor * p : params) {
+                if (ggml_graph_node(graph, i) == p) {
+                    sums.push_back(accs[i] = ggml_dup_tensor(ctx, p));
+                }
+            }
+        }
+        ggml_build_backward_expand(ctx, graph, accs.data());
+        ggml_get_data_f32(ggml_graph_get_grad(graph, loss))[0] = 1.0f;
+
+        // the first operation that writes to each accumulator
+        std::vector<ggml_tensor *> first;
+        for (ggml_tensor * sum : sums) {
+            int i = n;
+            while (ggml_graph_node(graph, i)->view_src != sum) {
+                i++;
+            }
+            first.push_back(ggml_graph_node(graph, i));
+        }
+        std::vector<std::vector<float>> bytes;
+        for (int n_threads : { 1, 2, 3, 7 }) {
+            for (int round = 0; round < 3; ++round) {
+                for (size_t i = 0; i < first.size(); ++i) {
+                    if (ggml_adds_in_place(first[i]) && round == 0) {
+                        first[i]->flags |= GGML_TENSOR_FLAG_SET;
+                        memset(sums[i]->data, 0xff, ggml_nbytes(sums[i]));
+                    } else if (round == 0) {
+                        memset(sums[i]->data, 0, ggml_nbytes(sums[i]));
+                    } else {
+                        first[i]->flags &= ~GGML_TENSOR_FLAG_SET;
+                    }
+                }
+                compute(graph, n_threads);
+                for (size_t i = 0; i < sums.size(); ++i) {
+                    ggml_tensor *       p = nullptr;
+                    std::vector<double> want;
+                    for (ggml_tensor * q : params) {
+                        p = ggml_graph_get_grad_acc(graph, q) == sums[i] ? q : p;
+                    }
+                    const float * once = ggml_get_data_f32(ggml_graph_get_grad(plain, p));
+                    for (int64_t j = 0; j < ggml_nelements(p); ++j) {
+                        want.push_back((round + 1) * (double) once[j]);
+                    }
+                    const std::vector<float> got(ggml_get_data_f32(sums[i]), ggml_get_data_f32(sums[i]) + ggml_nelements(sums[i]));
+                    compare(got, want, 1e-6, name + ": round " + std::to_string(round));
+                    if (n_threads == 1) {
+                        bytes.push_back(got);
+                    }
+                    check(memcmp(got.data(), bytes[round * sums.size() + i].data(), got.size() * sizeof(float)) == 0,
+                          name + ": same bytes with " + std::to_string(n_threads) + " threads");
+                }
+            }
+        }
+        int n_in_place = 0;
+        for (int i = n; i < ggml_graph_n_nodes(graph); ++i) {
+            n_in_place += ggml_adds_in_place(ggml_graph_node(graph, i));
+        }
+        check(n_in_place == 3, name + ": three products add in place");
+    }
+}
+
 int main() {
     ggml_cpu_init();
     test_mul_mat();
     test_types();
     test_attention();
+    test_accumulators();
     return summary("test-products");
 }

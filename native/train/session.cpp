@@ -126,11 +126,41 @@ void session::build_step() {
     if (cfg.train.recompute) {
         graph = recompute_blocks(ctx_graph, graph, n_forward);
     }
+    find_first_sums();
 
     galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
     if (!ggml_gallocr_alloc_graph(galloc, graph)) {
         throw error("oom", EXIT_FAILED, "cannot allocate the compute buffer of the step",
                     "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd; `--dry-run` says what is needed");
+    }
+}
+
+void session::find_first_sums() {
+    for (const param & p : w.params) {
+        if (p.frozen) {
+            continue;
+        }
+        int i = n_forward;
+        while (i < ggml_graph_n_nodes(graph) && ggml_graph_node(graph, i)->view_src != p.g) {
+            i++;
+        }
+        if (i < ggml_graph_n_nodes(graph) && ggml_adds_in_place(ggml_graph_node(graph, i))) {
+            first_sums.push_back(ggml_graph_node(graph, i));
+        } else {
+            zeroed.push_back(p.g);
+        }
+    }
+}
+
+// The first round of a step sets the gradients, the others add to them.
+void session::begin_round(int round) {
+    for (ggml_tensor * node : first_sums) {
+        node->flags = round == 0 ? node->flags | GGML_TENSOR_FLAG_SET : node->flags & ~GGML_TENSOR_FLAG_SET;
+    }
+    for (ggml_tensor * g : zeroed) {
+        if (round == 0) {
+            ggml_backend_tensor_memset(g, 0, 0, ggml_nbytes(g));
+        }
     }
 }
 
@@ -331,13 +361,13 @@ float session::loss_and_gradients() {
         reader->seek(start);
     }
 
-    w.zero_gradients();
     const float loss_scale = 1.0f / (float) std::max<int64_t>(n_labels, 1);
     double      sum        = 0;
     for (int i = 0; i < n_rounds; i++) {
         if (n_rounds > 1) {
             reader->next(t.micro_batch, last_batch);
         }
+        begin_round(i);
         sum += run(graph, last_batch, loss_scale);
         if (!std::isfinite(sum)) {
             break;   // last_batch stays the one that did it
@@ -402,7 +432,7 @@ std::string session::find_bad_tensor() {
             return "weight " + p.name;
         }
     }
-    w.zero_gradients();
+    begin_round(0);
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);
         if (node->op == GGML_OP_NONE) {

@@ -100,9 +100,14 @@ struct session {
     ggml_cgraph *  graph;       // forward, loss and backward
     int            n_forward;   // its first nodes: what an evaluation computes, in the same buffer
 
+    // gradients begin with an operation that can set them instead of adding to them, or with zeros
+    std::vector<ggml_tensor *> first_sums, zeroed;
+
     void        declare();
     void        build_inputs();
     void        build_step();
+    void        find_first_sums();
+    void        begin_round(int round);
     void        set_text(const inputs_lookup & in);
     void        set_images(const inputs_lookup & in);
     float       run(ggml_cgraph * g, const batch & b, float loss_scale);
