@@ -1,0 +1,217 @@
+// Attention by tiles: forward against a plain reference in double precision, backward against a reference in double and against central
+// finite differences, and the same bytes with 1, 2, 3 and 7 threads.
+
+#include "ops.h"
+
+struct shape {
+    int64_t D, H, K, T, S, B;
+    bool    causal;
+
+    std::string name() const {
+        std::string s = "attn";
+        for (const int64_t n : { D, H, K, T, S, B }) {
+            s += " " + std::to_string(n);
+        }
+        return s + (causal ? " causal" : "");
+    }
+};
+
+static const std::vector<shape> SHAPES = {
+    // heads of one to several vectors, and of no whole number of them; one to several tiles of queries and blocks of keys
+    { 64, 4, 2, 150, 150, 2, true }, { 32, 2, 2, 256, 256, 1, true },  { 16, 4, 4, 64, 64, 2, true },   { 5, 3, 1, 65, 65, 2, true },
+    { 33, 2, 1, 70, 70, 1, true },   { 64, 3, 3, 197, 197, 1, false }, { 48, 9, 3, 40, 40, 2, true },   { 1, 2, 2, 7, 7, 3, true },
+    { 20, 4, 1, 1, 1, 2, true },     { 40, 6, 2, 2, 130, 1, true },    { 24, 6, 3, 3, 3, 2, false },    { 64, 6, 2, 1, 300, 1, true },
+    { 80, 1, 1, 130, 241, 1, true }, { 7, 5, 5, 129, 30, 2, false },   { 100, 2, 2, 17, 225, 2, true }, { 128, 2, 1, 64, 113, 1, false },
+    { 12, 8, 2, 5, 5, 1, true },     { 9, 2, 1, 300, 300, 1, true },   { 256, 2, 1, 9, 120, 1, true },
+};
+
+// how q, k and v lie: one after the other, or as parts of the rows of one product, as heads before tokens, and with gaps
+enum class layout { plain, shared, permuted, gaps };
+
+static ggml_tensor * new_heads(ggml_context * ctx, layout l, int64_t D, int64_t N, int64_t T, int64_t B, float scale = 1.0f) {
+    switch (l) {
+        case layout::permuted:
+            return ggml_permute(ctx, new_f32(ctx, { D, T, N, B }, scale), 0, 2, 1, 3);
+        case layout::gaps: {
+            ggml_tensor * t = new_f32(ctx, { D + 3, N + 1, T + 2, B }, scale);
+            return ggml_view_4d(ctx, t, D, N, T, B, t->nb[1], t->nb[2], t->nb[3], 2 * sizeof(float) + t->nb[1]);
+        }
+        default:
+            return new_f32(ctx, { D, N, T, B }, scale);
+    }
+}
+
+struct operands {
+    ggml_tensor *q, *k, *v;
+    float        scale;
+};
+
+static operands new_operands(ggml_context * ctx, const shape & s, layout l) {
+    // scores of a few units, so that the softmax is neither flat nor a step
+    const float scale = 3.0f / std::sqrt((float) s.D);
+    if (l == layout::shared) {
+        ggml_tensor * t    = new_f32(ctx, { s.D, s.H + 2 * s.K, std::max(s.T, s.S), s.B });
+        const auto    view = [&](int64_t first, int64_t n, int64_t rows) {
+            return ggml_view_4d(ctx, t, s.D, n, rows, s.B, t->nb[1], t->nb[2], t->nb[3], first * t->nb[1]);
+        };
+        return { view(0, s.H, s.T), view(s.H, s.K, s.S), view(s.H + s.K, s.K, s.S), scale };
+    }
+    return { new_heads(ctx, l, s.D, s.H, s.T, s.B, 2.0f), new_heads(ctx, l, s.D, s.K, s.S, s.B, 2.0f), new_heads(ctx, l, s.D, s.K, s.S, s.B), scale };
+}
+
+struct reference {
+    std::vector<double> out, dq, dk, dv;
+};
+
+static reference reference_of(const shape & s, const operands & x, const ggml_tensor * dout) {
+    reference  r;
+    const auto at = [](int64_t d, int64_t h, int64_t t, int64_t b, int64_t D, int64_t H, int64_t T) { return ((b * T + t) * H + h) * D + d; };
+    r.out.resize(s.D * s.H * s.T * s.B);
+    r.dq.resize(r.out.size());
+    r.dk.resize(s.D * s.K * s.S * s.B);
+    r.dv.resize(r.dk.size());
+    std::vector<double> p(s.S), dp(s.S);
+    for (int64_t b = 0; b < s.B; ++b) {
+        for (int64_t h = 0; h < s.H; ++h) {
+            const int64_t kv = h / (s.H / s.K);
+            for (int64_t t = 0; t < s.T; ++t) {
+                const int64_t n   = s.causal ? s.S - s.T + t + 1 : s.S;
+                double        max = -INFINITY, sum = 0.0, delta = 0.0;
+                for (int64_t j = 0; j < n; ++j) {
+                    p[j] = dp[j] = 0.0;
+                    for (int64_t d = 0; d < s.D; ++d) {
+                        p[j] += (double) x.scale * get(x.q, d, h, t, b) * get(x.k, d, kv, j, b);
+                        dp[j] += (double) get(dout, d, h, t, b) * get(x.v, d, kv, j, b);
+                    }
+                    max = std::max(max, p[j]);
+                }
+                for (int64_t j = 0; j < n; ++j) {
+                    sum += p[j] = std::exp(p[j] - max);
+                }
+                for (int64_t j = 0; j < n; ++j) {
+                    p[j] /= sum;
+                    delta += p[j] * dp[j];
+                }
+                for (int64_t j = 0; j < n; ++j) {
+                    const double ds = p[j] * (dp[j] - delta) * x.scale;
+                    for (int64_t d = 0; d < s.D; ++d) {
+                        const int64_t iq = at(d, h, t, b, s.D, s.H, s.T), ik = at(d, kv, j, b, s.D, s.K, s.S);
+                        r.out[iq] += p[j] * get(x.v, d, kv, j, b);
+                        r.dq[iq] += ds * get(x.k, d, kv, j, b);
+                        r.dk[ik] += ds * get(x.q, d, h, t, b);
+                        r.dv[ik] += p[j] * get(dout, d, h, t, b);
+                    }
+                }
+            }
+        }
+    }
+    return r;
+}
+
+static void test_values(const shape & s, layout l, const std::string & name) {
+    context                  ctx;
+    const operands           x    = new_operands(ctx, s, l);
+    ggml_tensor *            dout = new_heads(ctx, l == layout::shared ? layout::plain : l, s.D, s.H, s.T, s.B);
+    const reference          want = reference_of(s, x, dout);
+    ggml_tensor *            out  = ggml_attn(ctx, x.q, x.k, x.v, x.scale, s.causal);
+    const std::vector<float> got  = run(ctx, out, name);
+    compare(got, want.out, 5e-6, name);   // scores of up to 20, rounded to 2^-24 of that
+
+    // the parts of the gradient follow each other, padded to GGML_MEM_ALIGN
+    const std::vector<float> grad = run(ctx, ggml_attn_back(ctx, dout, out), name + " back");
+    size_t                   at   = 0;
+    for (const std::vector<double> * part : { &want.dq, &want.dk, &want.dv }) {
+        const std::vector<float> got_part(grad.begin() + at, grad.begin() + at + part->size());
+        const std::string        part_name = name + " back, from " + std::to_string(at);
+        if (s.S == 1 && part != &want.dv) {   // a softmax of one score is flat
+            check(*std::max_element(got_part.begin(), got_part.end()) < 1e-6f && *std::min_element(got_part.begin(), got_part.end()) > -1e-6f,
+                  part_name);
+        } else {
+            compare(got_part, *part, 5e-6, part_name);
+        }
+        at += GGML_PAD(part->size() * sizeof(float), GGML_MEM_ALIGN) / sizeof(float);
+    }
+    check(at == grad.size(), name + " back: size");
+}
+
+// what a query does not see changes no bit of its result, be it beyond the diagonal or another sequence
+static void test_hidden() {
+    const shape   s = { 32, 2, 1, 100, 130, 2, true };
+    context       ctx;
+    operands      x      = new_operands(ctx, s, layout::plain);
+    ggml_tensor * out    = ggml_attn(ctx, x.q, x.k, x.v, x.scale, true);
+    const auto    before = run(ctx, out, "attn, hidden");
+    for (ggml_tensor * t : { x.k, x.v }) {
+        for (int64_t j = 91; j < s.S; ++j) {   // seen from query 61 on
+            for (int64_t d = 0; d < s.D; ++d) {
+                ggml_get_data_f32(t)[j * s.D + d] *= 1000.0f;
+            }
+        }
+    }
+    const auto    after = run(ctx, out, "attn, hidden");
+    const int64_t row = s.D * s.H, second = row * s.T;
+    check(memcmp(before.data(), after.data(), 61 * row * sizeof(float)) == 0, "attn: later keys change nothing");
+    check(memcmp(before.data() + 61 * row, after.data() + 61 * row, row * sizeof(float)) != 0, "attn: the first query that sees them changes");
+    check(memcmp(before.data() + second, after.data() + second, second * sizeof(float)) == 0, "attn: another sequence changes nothing");
+}
+
+// scores that overflow without the maximum taken off, and gradients of a softmax that is nearly a step
+static void test_large() {
+    const shape s = { 16, 2, 2, 80, 80, 1, true };
+    context     ctx;
+    operands    x          = new_operands(ctx, s, layout::plain);
+    x.scale                = 100.0f;
+    ggml_tensor *   dout   = new_f32(ctx, { s.D, s.H, s.T, s.B });
+    const reference want   = reference_of(s, x, dout);
+    ggml_tensor *   out    = ggml_attn(ctx, x.q, x.k, x.v, x.scale, true);
+    const auto      values = run(ctx, out, "attn, large scores");
+    compare(values, want.out, 1e-3, "attn, large scores");   // the scores' own rounding: 1000 * 2^-24 * a few terms
+    for (const float g : run(ctx, ggml_attn_back(ctx, dout, out), "attn_back, large scores")) {
+        check(std::isfinite(g), "attn_back, large scores: finite");
+    }
+}
+
+// buffers grow with the tokens, not with their square
+static void test_memory() {
+    const auto work = [](int64_t T, bool back) {
+        ggml_context * ctx    = ggml_init({ 1 << 20, nullptr, /*no_alloc =*/true });
+        ggml_tensor *  q      = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 64, 8, T, 1);
+        ggml_tensor *  k      = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 64, 4, T, 1);
+        ggml_tensor *  out    = ggml_attn(ctx, q, k, k, 0.125f, true);
+        ggml_tensor *  result = back ? ggml_attn_back(ctx, q, out) : out;
+        const size_t   n      = ggml_graph_plan(graph_of(ctx, result), 4, nullptr).work_size + ggml_nbytes(result) + ggml_nbytes(out->src[3]);
+        ggml_free(ctx);
+        return (double) n;
+    };
+    for (const bool back : { false, true }) {
+        const double growth = work(8192, back) / work(2048, back);
+        check(growth <= 4.0, back ? "attn_back: memory of 4 times the tokens" : "attn: memory of 4 times the tokens", growth, 4.0);
+    }
+}
+
+int main() {
+    ggml_cpu_init();
+    for (const shape & s : SHAPES) {
+        test_values(s, layout::plain, s.name());
+    }
+    for (const shape & s : { shape{ 64, 4, 2, 70, 70, 2, true }, shape{ 20, 6, 3, 33, 90, 2, true }, shape{ 16, 2, 2, 3, 40, 2, true },
+                             shape{ 33, 2, 1, 70, 70, 2, false } }) {
+        test_values(s, layout::shared, s.name() + " shared");
+        test_values(s, layout::permuted, s.name() + " permuted");
+        test_values(s, layout::gaps, s.name() + " gaps");
+    }
+    for (const shape & s : { shape{ 6, 9, 3, 10, 10, 2, true }, shape{ 16, 2, 1, 70, 70, 1, true }, shape{ 5, 4, 2, 2, 9, 2, true },
+                             shape{ 8, 3, 3, 20, 20, 2, false } }) {
+        check_gradients(
+            s.name(),
+            [&](ggml_context * ctx) {
+                const operands x = new_operands(ctx, s, layout::plain);
+                return function{ ggml_attn(ctx, x.q, x.k, x.v, 0.4f, s.causal), { x.q, x.k, x.v } };
+            },
+            1e-2f, 1e-3);
+    }
+    test_hidden();
+    test_large();
+    test_memory();
+    return summary("test-attention");
+}
