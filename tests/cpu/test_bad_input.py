@@ -19,7 +19,19 @@ from typing import Any
 
 import pytest
 from conftest import Trained
-from harness import EXCERPT, ROOT, TINY, Result, Toy, is_alive, read_events, tree, wait_for, without_root_powers
+from harness import (
+    EXCERPT,
+    ROOT,
+    TINY,
+    Result,
+    Toy,
+    is_alive,
+    read_events,
+    tree,
+    wait_for,
+    without_root_powers,
+    write_jsonl,
+)
 
 from toy.errors import KINDS
 
@@ -132,13 +144,18 @@ ROWS = {
     # frozen tensors
     "freeze-nothing": row("train --set train.freeze=blk.77.*", "bad_config", "blk.77.*"),
     "freeze-everything": row("train --set train.freeze=*", "bad_config", "nothing to train"),
-    "freeze-an-adapter": row("train lora --model good.gguf --set train.freeze=*norm*", "bad_config", "train.freeze"),
+    "freeze-a-base": row(
+        "train lora --model good.gguf --set train.freeze=*norm*", "bad_config", "base is frozen anyway", "*.lora_a"
+    ),
+    "freeze-every-second-factor": row(
+        "train lora --model good.gguf --set train.freeze=*.lora_b", "bad_config", "begins at zero", "*.lora_a"
+    ),
     # examples
     "examples-not-json": row("train lora --model good.gguf --corpus broken.jsonl", "bad_file", "broken.jsonl:2"),
     "examples-without-a-role": row("train lora --model good.gguf --corpus role.jsonl", "bad_file", "role.jsonl:1"),
     "examples-without-an-answer": row("train lora --model good.gguf --corpus asked.jsonl", "bad_file", "asked.jsonl:1"),
     "examples-empty-answer": row("train lora --model good.gguf --corpus silent.jsonl", "bad_file", "silent.jsonl:2"),
-    "examples-of-two-kinds": row("train lora --model good.gguf --corpus both.jsonl", "bad_file", "both.jsonl:2"),
+    "examples-nested-too-deeply": row("train --corpus deep.jsonl", "bad_file", "deep.jsonl:1: not JSON (nested too"),
     "template-missing": row("train lora --model good.gguf --corpus chat.jsonl", "bad_file", "chat template", "prompt"),
     "validation-of-another-kind": row(
         "train lora --model good.gguf --corpus pairs.jsonl --set data.val_corpus={excerpt}", "bad_file", "val_corpus"
@@ -197,6 +214,12 @@ ROWS = {
     "model-without-weights": row("infer vocabulary.gguf --prompt a", "bad_file", "vocabulary.gguf"),
     "model-unreadable": row("infer secret.gguf --prompt a", "bad_file", "secret.gguf"),
     "model-is-an-empty-folder": row("infer folder --prompt a", "missing_file", "folder"),
+    "eval-with-another-vocabulary": row(
+        "eval good.gguf --corpus chars.packed", "bad_file", "another vocabulary", "the text itself"
+    ),
+    "data-with-another-vocabulary": row(
+        "data show chars.packed --model good.gguf", "bad_file", "another vocabulary", "the text itself"
+    ),
     "describe-missing": row("describe nowhere.gguf", "missing_file", "nowhere.gguf"),
     "describe-truncated": row("describe truncated.gguf", "bad_file", "truncated.gguf"),
     "describe-not-a-gguf": row("describe not.gguf", "bad_file", "not.gguf"),
@@ -219,6 +242,8 @@ ROWS = {
     "range-negative": row("train --set train.learning_rate=-1", "bad_config", "train.learning_rate"),
     "not-finite": row("train --set train.learning_rate=nan", "bad_config", "train.learning_rate"),
     "type-of-a-flag": row("train --steps many", "bad_flag", "--steps"),
+    "type-digits": row("train --steps 1 --set train.batch=1__0", "bad_config", "train.batch", "train.batch"),
+    "type-too-many-digits": row(f"train --set train.batch={'9' * 5000}", "bad_config", "train.batch", "train.batch"),
     "type-whole-number": row("train --set model.n_embd=12.5", "bad_config", "model.n_embd"),
     "type-truth": row("train --set model.tie_embeddings=perhaps", "bad_config", "model.tie_embeddings"),
     "type-choice": row("train --set train.schedule=cosin", "bad_config", "train.schedule", "cosine"),
@@ -347,13 +372,13 @@ def examples(at: Path) -> None:
         "pairs": [pair] * 20,
         "broken": [pair],
         "silent": [pair, pair | {"completion": " "}],
-        "both": [pair, {"text": "So."}],
+        "deep": ["[" * 100_000],
         "chat": [{"messages": [asked, answered]}],
         "asked": [{"messages": [asked]}],
         "role": [{"messages": [{"content": "Why?"}, answered]}],
     }
     for name, records in lines.items():
-        (at / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_jsonl(at / f"{name}.jsonl", *records)
     with (at / "broken.jsonl").open("a") as file:
         file.write("no JSON\n")
     packed = corpora.prepare(EXCERPT, "chars", cache_dir=at / "packings").tokens.parent
@@ -415,7 +440,7 @@ def test_too_short_to_validate(toy: Toy) -> None:
 
 def test_examples_that_end_up_all_masked(toy: Toy, things: Path) -> None:
     """Every answer begins beyond the context: known when they are packed, and no run is left behind."""
-    (things / "long.jsonl").write_text(json.dumps({"prompt": "a" * 100, "completion": "b"}) + "\n")
+    write_jsonl(things / "long.jsonl", {"prompt": "a" * 100, "completion": "b"})
     flags = ("lora", "--model", "good.gguf", "--corpus", "long.jsonl", "--set", "data.val_fraction=0")
     message, hint = check_lines(toy("train", *flags, "--set", "model.context=16", "--out", "run"), "bad_file")
     assert "long" in message

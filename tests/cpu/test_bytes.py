@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import Trained
 from gates import GATES, NAMES, train
-from harness import TINY, Result, Toy, read_events
+from harness import TINY, Result, Toy, read_events, sets
 from killing import JOBS, new_folder, run_through
 
 # no size is a multiple of a vector register, of a tile or of the number of threads
@@ -26,10 +26,6 @@ GROUPED = {
     "model.n_embd": 96, "model.n_head": 6, "model.n_head_kv": 2, "model.context": 65, "train.batch": 6,
     "train.micro_batch": 2, "model.tie_embeddings": "false", "eval.batches": 1,
 }  # fmt: skip
-
-
-def sets(knobs: dict[str, Any]) -> list[str]:
-    return [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
 
 
 def test_two_runs_are_the_same(toy: Toy, trained: Trained) -> None:

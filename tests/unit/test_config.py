@@ -251,6 +251,17 @@ def test_autos_of_each_architecture() -> None:
         ("from-scratch", "llama", {"train": {"freeze": "token_embed.weight"}}, "train.freeze", "token_embd.weight"),
         ("from-scratch", "gpt2", {"train": {"freeze": "*"}}, "leaves nothing to train", ""),
         ("from-scratch", "gpt2", {"train": {"freeze": "*.weight, *.bias"}}, "leaves nothing to train", ""),
+        ("lora", "llama", {"train": {"freeze": "token_embd.weight"}}, "the base is frozen anyway", "blk.0.*"),
+        (
+            "lora", "llama", {"train": {"freeze": "blk.0.attn_q.weight"}}, "is no tensor of the adapter",
+            "blk.0.attn_q.weight.lora_",
+        ),
+        ("lora", "llama", {"train": {"freeze": "blk.*"}}, "leaves nothing to train", ""),
+        ("lora", "llama", {"train": {"freeze": "*_b, blk.0.*"}}, "every lora_b, which begins at zero", "lora_a"),
+        (
+            "lora", "llama", {"train": {"freeze": "*ffn_up*"}, "lora": {"targets": "attn_q"}},
+            "is no tensor of the adapter", "",
+        ),
         ("lora", "llama", {"lora": {"targets": "attn_qq"}}, "unknown target 'attn_qq'", "did you mean attn_q?"),
         ("lora", "llama", {"lora": {"targets": " , "}}, "lora.targets is empty", "attn_q"),
         ("lora", "llama", {"lora": {"rank": 257}}, "lora.rank = 257 is above the width of attn_q, 256", ""),
@@ -276,8 +287,15 @@ def test_what_goes_together_in_a_recipe() -> None:
     config.check(of("from-scratch", "llama", train={"freeze": "blk.0.*,token_embd.weight"}))
     config.check(of("from-scratch", "gpt2", train={"freeze": "*.bias"}))
     config.check(of("lora", "llama", lora={"targets": "ffn_up, attn_q", "rank": 256}))
+    config.check(of("lora", "llama", train={"freeze": "blk.0.*, *.lora_a"}))
     config.check(of("lora", "llama", model={"n_embd": 576, "n_head": 7}))  # the base's business
     config.check(of("vit-tiny", "vit", eval={"patience": 2}, data={"val_fraction": 0.0, "val_images": "x"}))
+
+
+def test_lists_are_written_for_the_runner_without_spaces() -> None:
+    resolved = of("lora", "llama", lora={"targets": " ffn_up, attn_q,"}, train={"freeze": "blk.0.* , *.lora_a"})
+    assert (resolved.lora.targets, resolved.train.freeze) == ("ffn_up,attn_q", "blk.0.*,*.lora_a")
+    assert of("lora", "llama", lora={"targets": "attn_q, all"}).lora.targets == "all"
 
 
 @pytest.mark.parametrize("rank", ["0", "-1", "1.5"])

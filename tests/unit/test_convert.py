@@ -300,6 +300,28 @@ def test_what_is_there_is_kept(model: Callable[..., Path], cold_toy: Toy) -> Non
     assert (result.code, result.document["error"]["message"]) == (2, "m.gguf is what is read")
 
 
+def test_a_folder_that_is_replaced_is_there_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    for content in ("old", "new"):
+        with convert.new_folder(out, force=True) as folder:
+            (folder / "file").write_text(content)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "file").read_text() == "new"
+
+    rename = os.replace
+
+    def stopped(source: Path, target: Path) -> None:
+        if Path(target) == out and Path(source).parent == tmp_path:  # the new one, when the old one is put aside
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt), convert.new_folder(out, force=True) as folder:
+        (folder / "file").write_text("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "file").read_text() == "new"
+
+
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 

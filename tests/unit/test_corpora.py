@@ -12,15 +12,13 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from harness import ROOT, peak_memory, refused
 
 from toy import corpora
 from toy.corpora import Prepared, making, packed, sources
-from toy.errors import ToyError
 from toy.models import gguf
 from toy.models.tokenizer import Tokenizer
 
@@ -35,14 +33,6 @@ def write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-def refused(call: Callable[[], object]) -> ToyError:
-    with pytest.raises(ToyError) as caught:
-        call()
-    assert "\n" not in caught.value.message
-    assert caught.value.hint and "\n" not in caught.value.hint
-    return caught.value
 
 
 def assert_clean(cache: Path) -> None:
@@ -458,14 +448,12 @@ def test_memory_is_constant(tmp_path: Path) -> None:
     """Packing 20 MB takes no more memory than 2 MB: measured in a process of its own."""
     code = (
         "import sys; from toy import corpora; from pathlib import Path\n"
-        "corpora.prepare(sys.argv[1], 'chars', 0, Path(sys.argv[2]))\n"
-        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+        "corpora.prepare(sys.argv[1], 'chars', 0, Path(sys.argv[2]))"
     )
     peaks = []
     for name, times in (("small", 700), ("large", 7_000)):
         path = write(tmp_path / f"{name}.txt", TEXT * times)
-        argv = [sys.executable, "-c", code, str(path), str(tmp_path / "c")]
-        peaks.append(int(subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout))
+        peaks.append(peak_memory(code, path, tmp_path / "c"))
     assert peaks[1] < peaks[0] + 16_384  # KiB: the allocator's own slack
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import ROOT, Toy
+from harness import ROOT, Toy, write_jsonl
 
 from toy import corpora
 from toy.corpora import packed
@@ -30,14 +28,9 @@ def toy(tmp_path: Path) -> Toy:
     return Toy(tmp_path, {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")})
 
 
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def test_examples_between_marks(toy: Toy) -> None:
     rows = [{"prompt": f"{n} = é\n", "completion": "one\n\x1btwo"} for n in range(5)]
-    write(toy.cwd / "qa.jsonl", *rows)
+    write_jsonl(toy.cwd / "qa.jsonl", *rows)
     lines = toy("data", "show", "qa.jsonl", "--tokenizer", "bytes", "-n", 2).ok().stdout.splitlines()
     assert lines == [
         "qa.jsonl: 5 examples of {prompt, completion}, 80 tokens of 257 (bytes)",
@@ -61,12 +54,12 @@ def test_conversations_as_json(toy: Toy) -> None:
     base = toy.cwd / "m.gguf"
     gguf.write_vocabulary(base, replace(byte_vocabulary(), chat_template=TEMPLATE).to_metadata())
     talk = [("user", "Hé"), ("assistant", "Ho")]
-    write(toy.cwd / "t.jsonl", {"messages": [{"role": role, "content": content} for role, content in talk]})
+    write_jsonl(toy.cwd / "t.jsonl", {"messages": [{"role": role, "content": content} for role, content in talk]})
     document = toy("data", "show", "t.jsonl", "--model", base, "--json").ok().document
     (example,) = document.pop("examples")
     assert document == {
         "format": "toy/data-show-v1", "corpus": "t.jsonl", "kind": "examples", "tokenizer": "gguf", "vocab_size": 257,
-        "packed": document["packed"], "sha256": document["sha256"], "n_tokens": 14, "examples_kind": "messages",
+        "packed": document["packed"], "sha256": document["sha256"], "n_tokens": 14, "kinds": {"messages": 1},
         "n_examples": 1, "n_learned": 6, "longest": 14,
     }  # fmt: skip
     tokens = example.pop("tokens")
@@ -74,6 +67,22 @@ def test_conversations_as_json(toy: Toy) -> None:
     assert "".join(token["text"] for token in tokens if token["learned"]) == "a: Ho<|endoftext|>"
     assert [token["id"] for token in tokens][4:6] == list("é".encode())
     assert [token["text"] for token in tokens][4:6] == ["", "é"]
+
+
+def test_examples_of_several_kinds(toy: Toy) -> None:
+    write_jsonl(toy.cwd / "x.jsonl", {"prompt": "a", "completion": "b"}, {"text": "cd"}, {"text": "ef"})
+    shown = toy("data", "show", "x.jsonl", "--tokenizer", "bytes").ok().stdout
+    assert shown.startswith("x.jsonl: 3 examples of {prompt, completion} (1) and {text} (2), 9 tokens")
+
+
+def test_more_than_there_is(toy: Toy) -> None:
+    """No number asks for more memory than the corpus takes."""
+    most = 10**15
+    write_jsonl(toy.cwd / "x.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
+    (toy.cwd / "a.txt").write_text("abcdefgh" * 3)
+    for corpus, n in (("x.jsonl", 2), ("a.txt", 1)):
+        flags = ("--tokenizer", "bytes", "-n", most, "--context", most, "--json")
+        assert len(toy("data", "show", corpus, *flags).ok().document["examples"]) == n
 
 
 def test_texts_and_lines_of_texts(toy: Toy) -> None:
@@ -84,13 +93,13 @@ def test_texts_and_lines_of_texts(toy: Toy) -> None:
         "--- window 0: 4 tokens -------------------------------------------------", "a│b│c│d", "",
         "--- window 1: 4 tokens -------------------------------------------------", "d│e│f│g",
     ]  # fmt: skip
-    write(toy.cwd / "t.jsonl", {"text": "ab"}, {"text": "cd"})
+    write_jsonl(toy.cwd / "t.jsonl", {"text": "ab"}, {"text": "cd"})
     stream = toy("data", "show", "t.jsonl", "--tokenizer", "bytes", "--json").ok().document
     assert (stream["kind"], stream["n_documents"], len(stream["examples"])) == ("text", 2, 1)
     base = toy.cwd / "m.gguf"
     gguf.write_vocabulary(base, byte_vocabulary().to_metadata())
     lora = toy("data", "show", "t.jsonl", "--model", base, "--json").ok().document
-    assert (lora["kind"], lora["examples_kind"], lora["n_examples"]) == ("examples", "text", 2)
+    assert (lora["kind"], lora["kinds"], lora["n_examples"]) == ("examples", {"text": 2}, 2)
     again = toy("data", "show", lora["packed"], "--json").ok().document
     assert again["examples"] == lora["examples"]
 
@@ -104,7 +113,7 @@ def test_images(toy: Toy) -> None:
 
 
 def test_colours_on_a_terminal(toy: Toy) -> None:
-    write(toy.cwd / "qa.jsonl", {"prompt": "ask", "completion": "say"})
+    write_jsonl(toy.cwd / "qa.jsonl", {"prompt": "ask", "completion": "say"})
     argv = toy.argv("data", "show", "qa.jsonl", "--tokenizer", "bytes")
 
     def screen(**env: str) -> str:
@@ -149,9 +158,9 @@ def test_colours_on_a_terminal(toy: Toy) -> None:
 def test_bad_input(argv: list[str], says: str, toy: Toy) -> None:
     from PIL import Image
 
-    write(toy.cwd / "bad.jsonl", {"prompt": "a"})
-    write(toy.cwd / "good.jsonl", {"prompt": "a", "completion": "b"})
-    write(toy.cwd / "talk.jsonl", {"messages": [{"role": "assistant", "content": "b"}]})
+    write_jsonl(toy.cwd / "bad.jsonl", {"prompt": "a"})
+    write_jsonl(toy.cwd / "good.jsonl", {"prompt": "a", "completion": "b"})
+    write_jsonl(toy.cwd / "talk.jsonl", {"messages": [{"role": "assistant", "content": "b"}]})
     (toy.cwd / "single" / "a").mkdir(parents=True)
     Image.new("L", (4, 4)).save(toy.cwd / "single" / "a" / "x.png")
     result = toy("data", "show", *argv)

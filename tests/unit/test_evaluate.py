@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from harness import write_jsonl
 
 from toy.errors import ToyError
 from toy.models import adapters, evaluate
@@ -101,10 +103,18 @@ def test_questions(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_questions_end_at_ends_of_lines_only(tmp_path: Path) -> None:
+    """JSON leaves U+2028 and U+0085 as they are, Python's splitlines does not; and editors put a mark in front."""
+    file = write_jsonl(tmp_path / "q.jsonl", {"question": "A\u2028B\x85", "choices": ["x", "y"], "answer": 1})
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert evaluate.read_questions(file) == [evaluate.Question("A\u2028B\x85", ("x", "y"), 1)]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("nonsense", "not JSON"),
+        ("nonsense", "not JSON (Expecting value)"),
+        ("[" * 100_000, "not JSON (nested too deeply)"),
         ("[1]", "not an object"),
         ('{"choices": ["a", "b"], "answer": 0}', "no question"),
         ('{"question": "A", "choices": ["a"], "answer": 0}', "at least two choices"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import ROOT, SHARED
+from harness import ROOT, SHARED, peak_memory, refused
 from PIL import Image
 
 from toy import corpora
@@ -69,14 +69,6 @@ def unpack(made: PreparedImages) -> tuple[list[int], Array]:
     labels = np.frombuffer(data, "<i4", n, 64).tolist()
     pixels = np.frombuffer(data, np.uint8, offset=64 + 4 * n).reshape(n, channels, height, width)
     return labels, pixels
-
-
-def refused(call: Callable[[], object]) -> ToyError:
-    with pytest.raises(ToyError) as caught:
-        call()
-    assert "\n" not in caught.value.message
-    assert caught.value.hint and "\n" not in caught.value.hint
-    return caught.value
 
 
 def both_refuse(path: Path, cache: Path, says: str, image_size: int = 0) -> ToyError:
@@ -473,14 +465,12 @@ def test_progress(packed: bool, tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
     code = (
         "import sys; from toy import corpora; from pathlib import Path\n"
-        "corpora.prepare_images(sys.argv[1], Path(sys.argv[2]))\n"
-        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+        "corpora.prepare_images(sys.argv[1], Path(sys.argv[2]))"
     )
     peaks = []
     for n in (20, 2000):
         path = idx(tmp_path / str(n), noise(1, n, 100, 100), [0, 1] * (n // 2))
-        argv = [sys.executable, "-c", code, str(path), str(tmp_path / "c")]
-        peaks.append(int(subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout))
+        peaks.append(peak_memory(code, path, tmp_path / "c"))
     assert peaks[1] < peaks[0] + 8_192  # KiB; the set is 20 MB
 
 

@@ -63,9 +63,11 @@ def show(
     if model is not None and tokenizer is not None:
         raise ToyError("bad_flag", "--model and --tokenizer are two tokenizers", "give one of them")
     if model is not None:
+        from toy import corpora
         from toy.models import resolve
 
         tokenizer = str(resolve(model))
+        corpora.check_vocabulary(corpus, Path(tokenizer), "model")
     document = describe(corpus, tokenizer or "bpe", vocab_size, model is not None, count, context)
     if as_json:
         emit(FORMAT, document)
@@ -113,7 +115,7 @@ def _examples(corpus: str, made: Any, count: int, context: int | None) -> dict[s
     from toy.models.tokenizer import Tokenizer
 
     tok = Tokenizer.from_gguf(made.tokenizer_gguf)
-    offsets = np.fromfile(made.offsets, "<i8", count + 1)
+    offsets = np.fromfile(made.offsets, "<i8", min(count, made.n_examples) + 1)
     ids = np.fromfile(made.tokens, "<i4", int(offsets[-1]))
     mask = np.fromfile(made.mask, "u1", int(offsets[-1]))
     rows = []
@@ -122,7 +124,7 @@ def _examples(corpus: str, made: Any, count: int, context: int | None) -> dict[s
         rows.append(_row(tok, index, ids[start:end].tolist(), learned))
     about = made.manifest["examples"]
     document = _about(corpus, "examples", made) | {
-        "examples_kind": about["kind"],
+        "kinds": about["kinds"],
         "n_examples": made.n_examples,
         "n_learned": about["n_learned"],
         "longest": made.longest,
@@ -140,7 +142,7 @@ def _windows(corpus: str, made: Any, count: int, context: int) -> dict[str, Any]
     from toy.models.tokenizer import Tokenizer
 
     tok = Tokenizer.from_gguf(made.tokenizer_gguf)
-    ids = np.fromfile(made.tokens, "<i4", count * context + 1).tolist()
+    ids = np.fromfile(made.tokens, "<i4", min(count * context + 1, made.n_tokens)).tolist()
     windows = [ids[at : at + context + 1] for at in range(0, max(1, len(ids) - 1), context)]
     rows = [_row(tok, index, window, [n > 0 for n in range(len(window))]) for index, window in enumerate(windows)]
     return _about(corpus, "text", made) | {"n_documents": made.n_documents, "context": context, "examples": rows}
@@ -186,8 +188,7 @@ def show_tokens(document: dict[str, Any]) -> None:
     tokens = f"{document['n_tokens']:,} tokens of {document['vocab_size']:,} ({document['tokenizer']})"
     if examples:
         part = 100 * document["n_learned"] / document["n_tokens"]
-        kind = {"prompt": "{prompt, completion}"}.get(document["examples_kind"], f"{{{document['examples_kind']}}}")
-        click.echo(f"{name}: {counted(document['n_examples'], 'example')} of {kind}, {tokens}")
+        click.echo(f"{name}: {counted(document['n_examples'], 'example')} of {kinds_text(document['kinds'])}, {tokens}")
         click.echo(
             f"  {document['n_learned']:,} learned ({part:.0f} %), the longest example has {document['longest']:,}"
         )
@@ -230,6 +231,14 @@ def marked(tokens: list[dict[str, Any]]) -> str:
             out.append(MARKS[0] if inside else MARKS[1])
         out.append(visible(token["text"]))
     return "".join(out) + (MARKS[1] if inside else "")
+
+
+def kinds_text(kinds: dict[str, int]) -> str:
+    """`{prompt, completion}`; of several kinds, how many each."""
+    words = {kind: "{prompt, completion}" if kind == "prompt" else f"{{{kind}}}" for kind in kinds}
+    if len(kinds) == 1:
+        return next(iter(words.values()))
+    return " and ".join(f"{words[kind]} ({n:,})" for kind, n in kinds.items())
 
 
 def counted(n: int, what: str) -> str:

@@ -167,6 +167,7 @@ def pack(subject: Subject, corpus: str) -> tuple[Text, dict[str, Any]]:
         count, largest, sha256 = packed.scan(packed.token_file(path))
         prepared = packed.Prepared(packed.token_file(path), path, None, {"name": path.stem}, largest + 1, count, sha256)
     else:
+        corpora.check_vocabulary(path, subject.card.path, "model")
         examples = corpora.kind_of(path) == "examples"
         with progress_bar("packing the corpus") as bar:
             if examples:

@@ -291,33 +291,9 @@ class Donor(Text):
     def check(self) -> None:
         super().check()
         for corpus in (self.cfg.data.corpus, self.cfg.data.val_corpus):
-            self.check_vocabulary(corpus)
-
-    def check_vocabulary(self, corpus: str) -> None:
-        """Refuse packed tokens of another vocabulary than the base's: their ids mean other words."""
-        from toy.corpora import packed
-        from toy.models.tokenizer import Tokenizer
-
-        if self.card is None or not corpus or not packed.is_packed(Path(corpus)):
-            return
-        manifest = packed.read_manifest(packed.token_file(Path(corpus)))
-        if manifest is None:  # ids of nobody knows what; `corpora.check` has compared the largest
-            return
-        vocabulary = Tokenizer.from_gguf(self.card.path).vocabulary
-        theirs = manifest["tokenizer"].get("sha256")
-        # the file of a model may name unused tokens after the tokenizer's own
-        own = packed.token_file(Path(corpus)).parent / packed.TOKENIZER_GGUF
-        same = theirs == vocabulary.sha256 or (
-            own.is_file() and Tokenizer.from_gguf(own).vocabulary.padded(len(vocabulary)).sha256 == vocabulary.sha256
-        )
-        if not same:
-            what = "donor" if self.row.recipe == "warm-start" else "base"
-            raise ToyError(
-                "bad_file",
-                f"{shown(corpus)} was packed with another vocabulary ({manifest['vocab_size']} tokens) than that of"
-                f" the {what} {shown(self.card.path)} ({len(vocabulary)})",
-                f"give the text itself with --corpus: it is packed with the {what}'s tokenizer",
-            )
+            if self.card is not None and corpus:
+                what = "donor" if self.row.recipe == "warm-start" else "base"
+                corpora.check_vocabulary(corpus, self.card.path, what)
 
     def pack(self, progress: Progress) -> Packed:
         from toy.models import adapters

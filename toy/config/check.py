@@ -102,9 +102,14 @@ def check_images(config: Config, fail: Fail) -> None:
         )
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a list that is written with commas, with or without spaces."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def lora_targets(text: str) -> list[str]:
     """The words of lora.targets, `all` spelled out."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = words_of(text)
     return list(TARGETS) if "all" in words else words
 
 
@@ -136,11 +141,16 @@ def check_lora(config: Config, fail: Fail) -> None:
                 f"= {lora.rank} is above the width of {narrow}, {min(widths[narrow])}",
                 "a low rank is the point of it: 4 to 64",
             )
+        check_freeze(config, fail)
 
 
 def tensor_names(config: Config) -> list[str]:
-    """The tensors of a model that is trained whole, as they are named in its GGUF."""
+    """The tensors that a run could train, as they are named in its GGUF: the model's, or the adapter's."""
     arch, model = config.run.arch, config.model
+    if config.run.recipe == "lora":
+        targets = [target for target in TARGETS if target in lora_targets(config.lora.targets)]
+        stems = [f"blk.{n}.{target}" for n in range(model.n_layer) for target in targets]
+        return [f"{stem}.weight.{half}" for stem in stems for half in ("lora_a", "lora_b")]
     if arch not in OUTSIDE:
         return []
     stems = list(OUTSIDE[arch])
@@ -158,17 +168,26 @@ def tensor_names(config: Config) -> list[str]:
 
 def check_freeze(config: Config, fail: Fail) -> None:
     names = tensor_names(config)
-    patterns = [word.strip() for word in config.train.freeze.split(",") if word.strip()]
+    patterns, adapter = words_of(config.train.freeze), config.run.recipe == "lora"
     if not patterns or not names:
         return
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             near = nearest(pattern, names)
-            hint = f"did you mean {near}?" if near else "patterns are over names like blk.0.* and token_embd.weight"
-            fail("train.freeze", f"has {pattern!r}, which is no tensor of this model", hint)
-    if all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
+            like = "blk.0.* and *.lora_a" if adapter else "blk.0.* and token_embd.weight"
+            hint = f"did you mean {near}?" if near else f"patterns are over names like {like}"
+            what = "the adapter (the base is frozen anyway)" if adapter else "this model"
+            fail("train.freeze", f"has {pattern!r}, which is no tensor of {what}", hint)
+    left = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not left:
         fail(
             "train.freeze", f"= {config.train.freeze} leaves nothing to train", "leave some tensor out of the patterns"
+        )
+    if adapter and not any(name.endswith(".lora_b") for name in left):
+        fail(
+            "train.freeze",
+            f"= {config.train.freeze} freezes every lora_b, which begins at zero: the adapter would stay nothing",
+            "freeze *.lora_a, or whole blocks",
         )
 
 

@@ -225,7 +225,8 @@ class Train(Section):
     grad_clip: float = knob(1.0, "Largest global norm of the gradient; 0: no clipping.", min=0.0, max=1e6)
     dtype: Literal["f32", "bf16"] = knob("f32", "Type of the matrix products.")
     freeze: str = knob(
-        "", "Tensors that stay as they are: patterns with * and ?, comma between them; empty: none.", recipes=WHOLE
+        "",
+        "Tensors that stay as they begin: patterns with * and ?, comma between them; lora: over the adapter's tensors.",
     )
     embedding_lr_scale: float = knob(
         1.0, "Learning rate of token and position embeddings, relative to the rest.", min=0.0, max=1000.0, recipes=WHOLE

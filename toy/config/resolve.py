@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+from toy.config.check import words_of
 from toy.config.knobs import Config
 
 MOST_EVAL_BATCHES = 64  # what an evaluation reads of a text at most, unless eval.batches says so
@@ -59,7 +60,10 @@ def resolve(
         model.n_channel = model.n_channel or 3
         model.context = (model.image_size // model.patch_size) ** 2 + (model.pool == "cls")
     model.context = model.context or DEFAULT_CONTEXT
+    train.freeze = ",".join(words_of(train.freeze))
     if out.run.recipe == "lora":
+        targets = words_of(out.lora.targets)
+        out.lora.targets = "all" if "all" in targets else ",".join(targets)
         out.lora.alpha = out.lora.alpha or 2.0 * out.lora.rank
     train.micro_batch = train.micro_batch or train.batch
     if out.eval.batches == 0 and (val_tokens is not None or val_items is not None):

@@ -23,7 +23,7 @@ CONFIG_FORMAT = "toy/config-v1"
 TOKENIZER_WORDS = ("bytes", "chars", "bpe")
 BY_NAME = ("checkpoint.resume", "lora.base", "model.donor")
 
-_INT = re.compile(r"[+-]?[0-9][0-9_]*")
+_INT = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _DURATION = re.compile(r"(?:([0-9.]+)h)?(?:([0-9.]+)m)?(?:([0-9.]+)s?)?")
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -124,7 +124,7 @@ def convert(knob: Knob, given: Given) -> Any:
     if not given.quoted:
         if knob.type is bool and text.lower() in _BOOLS:
             return _BOOLS[text.lower()]
-        if knob.type is int and _INT.fullmatch(text):
+        if knob.type is int and len(text) < 100 and _INT.fullmatch(text):  # longer ones are out of any range
             return int(text)
         if knob.type is float:
             try:

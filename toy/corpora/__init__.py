@@ -4,6 +4,7 @@ from toy.corpora.examples import check_examples, first_question, kind_of, prepar
 from toy.corpora.images import PreparedImages, check_images, is_images, pack_one, prepare_images
 from toy.corpora.making import check, default_cache_dir, default_sequences, prepare, token_count, vocabulary_size
 from toy.corpora.packed import Prepared
+from toy.corpora.packings import check_vocabulary
 
 __all__ = [
     "Prepared",
@@ -11,6 +12,7 @@ __all__ = [
     "check",
     "check_examples",
     "check_images",
+    "check_vocabulary",
     "default_cache_dir",
     "default_sequences",
     "first_question",

@@ -1,4 +1,4 @@
-"""Sets of examples: JSONL of texts, of prompts with completions, or of conversations -> tokens, offsets and a mask.
+"""Sets of examples: JSONL of texts, prompts with completions, and conversations -> tokens, offsets and a mask.
 
 The mask says which tokens are learned: all of a text, a completion, the assistant's turns; each with the token that
 ends it. A prompt is tokenised as `toy infer` does it, and what is learned as its continuation, so that a model trained
@@ -13,8 +13,10 @@ import json
 import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,18 +25,18 @@ from toy.corpora.cache import Index, Meter, Progress, writing
 from toy.corpora.making import default_cache_dir
 from toy.corpora.packed import MANIFEST, MASK, OFFSETS, TOKENS, Prepared, TokenWriter
 from toy.corpora.sources import JSONL, Part, Reading, Source, open_source, reading
-from toy.errors import ToyError
+from toy.errors import ToyError, json_reason
 from toy.models.chat import ChatTemplate, Message, Segment, TemplateError
 from toy.models.tokenizer import KINDS, Tokenizer
 from toy.models.vocabulary import CONTROL, UNKNOWN
 
 #: Changes when the same examples and tokenizer would pack to other bytes.
-PACKING = 1
+PACKING = 2
 
-_SHAPES = {"messages": "messages", "prompt": "a prompt and a completion", "text": "a text"}
 _HINT = 'a line is {"text": …}, {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}'
 _BATCH_CHARACTERS = 1 << 20
 _SMALL = 1 << 22
+_LOOKED_AT = 1000  # examples among which a question is looked for
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Record:
 def kind_of(corpus: str | Path | None, texts_are_examples: bool = False) -> str:
     """`text` (a stream to cut windows from) or `examples`, by the first line of a JSONL.
 
-    `texts_are_examples`: lines of {"text"} are examples too, and not documents of a stream. Raises ToyError when the
-    corpus is missing or its first line is none of the three kinds.
+    `texts_are_examples`: lines of {"text"} are examples too, and not documents of a stream; after a first line of
+    another kind they always are. Raises ToyError when the corpus is missing or its first line is none of the kinds.
     """
     path = Path(corpus).expanduser() if corpus else None
     if path is None:
@@ -89,11 +91,11 @@ def check_examples(corpus: str | Path, tokenizer: str = "bpe", like: Prepared | 
         return
     source = open_source(path)
     tok = _known_tokenizer(tokenizer, like)
-    encoder = None
-    for number, record in enumerate(_records(_parts(source)[0], lambda n: None)):
-        if number == 0 and record.kind == "messages":
-            encoder = _Encoder(tok or Tokenizer.from_name("bytes"), tokenizer)
-            encoder.segments(record)
+    conversations = 0
+    for record in _records(_parts(source)[0], lambda n: None):
+        conversations += record.kind == "messages"
+        if record.kind == "messages" and conversations == 1:
+            _Encoder(tok or Tokenizer.from_name("bytes"), tokenizer).segments(record)
         if source.n_bytes > _SMALL:
             break
 
@@ -191,14 +193,15 @@ def _load_packed(path: Path, tokenizer: str, like: Prepared | None) -> Prepared:
 
 
 def first_question(corpus: str | Path) -> tuple[str, bool] | None:
-    """What the first example asks, and whether it asks as a chat; None where there is no question, as in {text}."""
+    """What the first example that asks something asks, and whether as a chat; None where none does, as in {text}."""
     path = Path(corpus).expanduser()
     if packed.is_packed(path):
         return None
-    for record in _records(_parts(open_source(path))[0], lambda n: None):
+    for record in islice(_records(_parts(open_source(path))[0], lambda n: None), _LOOKED_AT):
         asked = [message["content"] for message in record.messages if message["role"] == "user"]
         question = asked[0] if asked else record.prompt
-        return (question, bool(asked)) if question.strip() else None
+        if question.strip():
+            return question, bool(asked)
     return None
 
 
@@ -208,8 +211,7 @@ def _parts(source: Source) -> tuple[list[Part], list[Part]]:
 
 
 def _records(parts: Iterable[Part], read: Reading) -> Iterator[Record]:
-    """All examples of JSONL files. Raises ToyError (bad_file) naming file:line, also where the kind changes."""
-    kind = ""
+    """All examples of JSONL files, of one kind or of several. Raises ToyError (bad_file) naming file:line."""
     for part in parts:
         assert part.path is not None
         with reading(part.path), part.path.open("rb") as file:
@@ -218,20 +220,14 @@ def _records(parts: Iterable[Part], read: Reading) -> Iterator[Record]:
                 data = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not data.strip():
                     continue
-                record = _record(f"{part.path}:{number}", data)
-                if kind and record.kind != kind:
-                    message = f"{record.place}: {_SHAPES[record.kind]}, where the lines before are {_SHAPES[kind]}"
-                    raise ToyError("bad_file", message, "keep one kind of example in a file")
-                kind = record.kind
-                yield record
+                yield _record(f"{part.path}:{number}", data)
 
 
 def _record(place: str, line: bytes) -> Record:
     try:
         value = json.loads(line)
-    except ValueError as error:  # bad JSON, and bytes that are not UTF-8
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-        raise ToyError("bad_file", f"{place}: not JSON ({reason})", _HINT) from None
+    except (ValueError, RecursionError) as error:
+        raise ToyError("bad_file", f"{place}: not JSON ({json_reason(error)})", _HINT) from None
     if not isinstance(value, dict):
         raise ToyError("bad_file", f"{place}: not an object with a text, a prompt or messages", _HINT)
     if "messages" in value:
@@ -380,7 +376,8 @@ class _Encoder:
 
 def _pack(folder: Path, encoder: _Encoder, records: Iterator[Record]) -> dict[str, Any]:
     """Writes tokens, offsets and mask of all records; counts and hashes."""
-    about: dict[str, Any] = {"kind": "", "n_examples": 0, "n_learned": 0, "longest": 0}
+    kinds: Counter[str] = Counter()
+    about: dict[str, Any] = {"kinds": kinds, "n_examples": 0, "n_learned": 0, "longest": 0}
     files = [(folder / name).open("wb") for name in (TOKENS, OFFSETS, MASK)]
     with files[0] as tokens, files[1] as starts, files[2] as marks:
         writer = TokenWriter(tokens)
@@ -395,7 +392,7 @@ def _pack(folder: Path, encoder: _Encoder, records: Iterator[Record]) -> dict[st
             writer.write(ids)
             marks.write(mask)
             _write_offsets(starts, ends)
-            about["kind"] = batch[0].kind
+            kinds.update(record.kind for record in batch)
             about["n_examples"] += len(batch)
             about["n_learned"] += mask.count(1)
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from toy.corpora import packed
 from toy.corpora.cache import Index
 from toy.corpora.packed import MANIFEST, MASK, OFFSETS, TOKENIZER_GGUF, TOKENIZER_JSON, TOKENS, Prepared
 from toy.corpora.sources import Part
-from toy.errors import ToyError
+from toy.errors import ToyError, shown
 from toy.models import gguf
 from toy.models.tokenizer import KINDS, Tokenizer
 
@@ -104,6 +104,31 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 def slug(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name)[:40].strip("-") or "corpus"
+
+
+def check_vocabulary(corpus: str | Path, model: Path, what: str) -> None:
+    """Refuse packed tokens of another vocabulary than that of a model's GGUF: their ids mean other words. Texts, and
+    ids of which nobody says what they are, pass. `what` the model is: donor, base, model."""
+    path = Path(corpus).expanduser()
+    if not packed.is_packed(path):
+        return
+    tokens = packed.token_file(path)
+    manifest = packed.read_manifest(tokens)
+    if manifest is None:
+        return
+    vocabulary = Tokenizer.from_gguf(model).vocabulary
+    # the file of a model may name unused tokens after the tokenizer's own
+    own = tokens.parent / TOKENIZER_GGUF
+    same = manifest["tokenizer"].get("sha256") == vocabulary.sha256 or (
+        own.is_file() and Tokenizer.from_gguf(own).vocabulary.padded(len(vocabulary)).sha256 == vocabulary.sha256
+    )
+    if not same:
+        raise ToyError(
+            "bad_file",
+            f"{shown(path)} was packed with another vocabulary ({manifest['vocab_size']} tokens) than that of"
+            f" the {what} {shown(model)} ({len(vocabulary)})",
+            f"give the text itself: it is packed with the {what}'s tokenizer",
+        )
 
 
 def require_vocabulary(vocab_size: int, needed: int, tokenizer: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from toy.errors import ToyError
+from toy.errors import ToyError, json_reason
 
 #: (text, begins its document, ends its document)
 Piece = tuple[str, bool, bool]
@@ -251,11 +251,12 @@ def _jsonl_text(path: Path, number: int, line: bytes) -> str:
     hint = 'every line is an object with a text: {"text": "…"}'
     try:
         record = json.loads(line)
-    except ValueError as error:  # bad JSON, and bytes that are not UTF-8
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-        raise ToyError("bad_file", f"{path}:{number}: not JSON ({reason})", hint) from None
+    except (ValueError, RecursionError) as error:
+        raise ToyError("bad_file", f"{path}:{number}: not JSON ({json_reason(error)})", hint) from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
+        if isinstance(record, dict) and not record.keys().isdisjoint(("messages", "prompt", "completion")):
+            hint = "to mix examples and texts, begin the file with a prompt or messages: then every line is an example"
         raise ToyError("bad_file", f"{path}:{number}: no text in this line", hint)
     try:
         text.encode()

@@ -148,6 +148,22 @@ def check_space(folder: Path, needed: int) -> None:
         raise ToyError("disk_full", message, "free some space, or choose another place with --out")
 
 
+def put_in_place(made: Path, out: Path) -> None:
+    """Rename the folder `made` to `out`, beside it. What was at `out` is removed after that, and is there again where
+    the renaming fails or is interrupted. Raises OSError."""
+    if not os.path.lexists(out):
+        os.replace(made, out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    try:
+        os.replace(out, aside / out.name)
+        os.replace(made, out)
+    finally:
+        if not os.path.lexists(out):
+            os.replace(aside / out.name, out)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, force: bool) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block ends, and is removed when the block fails."""
@@ -159,13 +175,7 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
         made.chmod(0o755)
         yield made
         with os_errors("write the folder"):
-            if os.path.lexists(out):
-                old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=made.parent))
-                os.replace(out, old / out.name)
-                os.replace(made, out)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(made, out)
+            put_in_place(made, out)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise

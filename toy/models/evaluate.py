@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toy.errors import ToyError, shown
+from toy.errors import ToyError, json_reason, shown
 from toy.models.cards import Card
 from toy.models.tokenizer import Tokenizer
 
@@ -295,7 +295,8 @@ _CHOICES_HINT = 'a line is {"question": "…", "choices": ["…", "…"], "answe
 def read_questions(path: Path) -> list[Question]:
     """The questions of a JSONL file. Raises ToyError (missing_file, bad_file) naming file:line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # at the ends of lines only: a JSON text may hold what else Python takes for one, U+2028 say
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise ToyError("missing_file", f"no file of choices at {shown(path)}", _CHOICES_HINT) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -313,8 +314,8 @@ def _question(place: str, line: str) -> Question:
 
     try:
         record = json.loads(line)
-    except ValueError:
-        raise bad("not JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise bad(f"not JSON ({json_reason(error)})") from None
     if not isinstance(record, dict):
         raise bad("not an object")
     prompt = record.get("question", record.get("prompt"))
