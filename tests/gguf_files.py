@@ -199,3 +199,77 @@ class RandomModel:
 
     def write(self, path: Path, more: Mapping[str, Any] | None = None) -> Path:
         return write(path, {**self.metadata, **(more or {})}, self.tensors())
+
+
+def types_of(path: Path) -> dict[str, str]:
+    from toy import _native
+
+    return {tensor["name"]: tensor["type"] for tensor in _native.gguf_read(str(path))["tensors"]}
+
+
+def data_of(path: Path) -> bytes:
+    """The tensors' bytes; metadata before them may differ."""
+    from toy import _native
+
+    offset: int = _native.gguf_read(str(path))["data_offset"]
+    return path.read_bytes()[offset:]
+
+
+def write_adapter(
+    path: Path,
+    targets: dict[str, tuple[int, int]],
+    rank: int = 4,
+    seed: int = 3,
+    more: dict[str, Any] | None = None,
+) -> dict[str, Array]:
+    """A LoRA in llama.cpp's format. targets: tensor -> (rows, columns). Returns what it adds to each tensor."""
+    random, tensors, deltas = np.random.RandomState(seed), {}, {}
+    for name, (rows, columns) in targets.items():
+        a = random.standard_normal((rank, columns)).astype(np.float32) / columns**0.5
+        b = random.standard_normal((rows, rank)).astype(np.float32)
+        tensors |= {f"{name}.lora_a": ("F32", a), f"{name}.lora_b": ("F32", b)}
+        deltas[name] = (8.0 / rank) * (b.astype(np.float64) @ a)
+    keys = {
+        "general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": 8.0,
+        "toy.run_id": "a-run",
+    }  # fmt: skip
+    write(path, {k: v for k, v in (keys | (more or {})).items() if v is not None}, tensors)
+    return deltas
+
+
+def write_vit(path: Path, pool: str = "cls") -> Path:
+    """width 32, two layers, images of 8 x 8 in one channel, patches of 4, three classes."""
+    random = np.random.RandomState(5)
+    tensors: dict[str, tuple[str, Array]] = {}
+
+    def add(name: str, *shape: int, middle: float = 0) -> None:
+        tensors[name] = ("F32", (middle + 0.3 * random.standard_normal(shape)).astype(np.float32))
+
+    add("patch_embd.weight", 32, 16)
+    add("patch_embd.bias", 32)
+    if pool == "cls":
+        add("cls_embd.weight", 32)
+    add("position_embd.weight", 5 if pool == "cls" else 4, 32)
+    for i in range(2):
+        for norm in ("attn_norm", "ffn_norm"):
+            add(f"blk.{i}.{norm}.weight", 32, middle=1)
+            add(f"blk.{i}.{norm}.bias", 32)
+        for name, rows, columns in (
+            ("attn_qkv", 96, 32),
+            ("attn_output", 32, 32),
+            ("ffn_up", 64, 32),
+            ("ffn_down", 32, 64),
+        ):
+            add(f"blk.{i}.{name}.weight", rows, columns)
+            add(f"blk.{i}.{name}.bias", rows)
+    add("output_norm.weight", 32, middle=1)
+    add("output_norm.bias", 32)
+    add("output.weight", 3, 32)
+    add("output.bias", 3)
+    numbers = {
+        "block_count": 2, "embedding_length": 32, "feed_forward_length": 64, "attention.head_count": 4,
+        "attention.layer_norm_epsilon": 1e-6, "image_size": 8, "patch_size": 4, "channel_count": 1, "class_count": 3,
+        "pooling": pool, "classes": ["a", "b", "c"], "image_mean": [0.25], "image_std": [0.5],
+    }  # fmt: skip
+    keys = {"general.architecture": "vit"} | {f"toy.vit.{key}": value for key, value in numbers.items()}
+    return write(path, keys, tensors)

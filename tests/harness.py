@@ -236,6 +236,13 @@ def refused(call: Callable[[], object]) -> ToyError:
     return caught.value
 
 
+def fails(kind: str, function: Callable[..., Any], *args: Any, **more: Any) -> str:
+    """The message of the error of that kind which `function` raises."""
+    error = refused(lambda: function(*args, **more))
+    assert error.kind == kind, (error.kind, error.message)
+    return error.message
+
+
 def peak_memory(code: str, *args: object) -> int:
     """KiB of memory that a Python process of its own takes at the most to run `code`. Reads /proc."""
     last = "\nfrom pathlib import Path; print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"

@@ -198,11 +198,7 @@ def test_a_vit_at_transformers(tmp_path: Path) -> None:
     from torch_vit import Vit, patches_of
     from transformers import AutoModelForImageClassification
 
-    sys.path.insert(0, str(ROOT / "tests" / "unit"))
-    from test_convert import write_vit
-
-    sys.path.pop(0)
-    gguf = write_vit(tmp_path / "vit.gguf")
+    gguf = gguf_files.write_vit(tmp_path / "vit.gguf")
     hf_export.export(convert.find_source(str(gguf)), tmp_path / "hf")
     images = np.random.RandomState(2).standard_normal((5, 1, 8, 8)).astype(np.float32)
     theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "hf", local_files_only=True)
