@@ -16,14 +16,20 @@ struct arch {
     // adds every tensor of the model, in forward order
     void (*declare)(const hparams & hp, float init_std, weights & w);
 
-    // -> logits [V, T*B]; with inputs.last_only [V, B]; vit [V, B]
-    ggml_tensor * (*forward)(const net & n, const inputs & in);
+    // -> what the head reads, normalised: [C, T*B]; with inputs.last_only [C, B]; vit [C, B]
+    ggml_tensor * (*hidden)(const net & n, const inputs & in);
+
+    // the product that makes logits of it: `name`.weight [C, V]
+    const char * (*head)(const hparams & hp);
 
     // the architecture's GGUF keys
     void (*write_metadata)(const hparams & hp, gguf_writer & out);
 
     // multiply-adds of one token's forward pass, times 2 (the backward pass takes twice that)
     double (*flops_per_token)(const hparams & hp);
+
+    // -> logits [V, T*B]; with inputs.last_only [V, B]; vit [V, B]
+    ggml_tensor * forward(const net & n, const inputs & in) const { return n.linear(head(n.hp), hidden(n, in)); }
 };
 
 extern const arch ARCH_LLAMA, ARCH_GPT2, ARCH_VIT;

@@ -21,7 +21,7 @@ static void gpt2_declare(const hparams & hp, float std, weights & w) {
     }
 }
 
-static tensor gpt2_forward(const net & n, const inputs & in) {
+static tensor gpt2_hidden(const net & n, const inputs & in) {
     const hparams & hp  = n.hp;
     ggml_context *  ctx = n.ctx;
     const int64_t   C = hp.n_embd, T = in.positions->ne[0], B = in.tokens->ne[0] / T;
@@ -37,8 +37,11 @@ static tensor gpt2_forward(const net & n, const inputs & in) {
     if (in.last_only) {
         x = ggml_view_2d(ctx, x, C, B, T * x->nb[1], (T - 1) * x->nb[1]);
     }
-    x = n.layer_norm("output_norm", x);
-    return n.linear(hp.tied ? "token_embd" : "output", x);   // [V, T*B]
+    return n.layer_norm("output_norm", x);
+}
+
+static const char * gpt2_head(const hparams & hp) {
+    return hp.tied ? "token_embd" : "output";
 }
 
 static void gpt2_write_metadata(const hparams & hp, gguf_writer & out) {
@@ -56,6 +59,6 @@ static double gpt2_flops_per_token(const hparams & hp) {
     return 2 * (hp.n_layer * gelu_block_products(hp) + (double) hp.n_embd * hp.n_vocab);
 }
 
-const arch ARCH_GPT2 = { "gpt2", gpt2_declare, gpt2_forward, gpt2_write_metadata, gpt2_flops_per_token };
+const arch ARCH_GPT2 = { "gpt2", gpt2_declare, gpt2_hidden, gpt2_head, gpt2_write_metadata, gpt2_flops_per_token };
 
 }   // namespace toy

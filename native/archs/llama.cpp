@@ -38,7 +38,7 @@ static tensor rope(const net & n, tensor x, tensor positions) {
     return ggml_rope_ext(n.ctx, x, positions, factors, hp.n_rot, hp.rope_type, hp.n_ctx, hp.rope_freq_base, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f);
 }
 
-static tensor llama_forward(const net & n, const inputs & in) {
+static tensor llama_hidden(const net & n, const inputs & in) {
     const hparams & hp  = n.hp;
     ggml_context *  ctx = n.ctx;
     const int64_t   D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv, T = in.positions->ne[0], B = in.tokens->ne[0] / T;
@@ -63,8 +63,11 @@ static tensor llama_forward(const net & n, const inputs & in) {
     if (in.last_only) {
         x = ggml_view_2d(ctx, x, hp.n_embd, B, T * x->nb[1], (T - 1) * x->nb[1]);
     }
-    x = n.rms_norm("output_norm", x);
-    return n.linear(hp.tied ? "token_embd" : "output", x);   // [V, T*B]
+    return n.rms_norm("output_norm", x);
+}
+
+static const char * llama_head(const hparams & hp) {
+    return hp.tied ? "token_embd" : "output";
 }
 
 static void llama_write_metadata(const hparams & hp, gguf_writer & out) {
@@ -87,6 +90,6 @@ static double llama_flops_per_token(const hparams & hp) {
     return 2 * (hp.n_layer * layer + C * V);
 }
 
-const arch ARCH_LLAMA = { "llama", llama_declare, llama_forward, llama_write_metadata, llama_flops_per_token };
+const arch ARCH_LLAMA = { "llama", llama_declare, llama_hidden, llama_head, llama_write_metadata, llama_flops_per_token };
 
 }   // namespace toy

@@ -25,7 +25,7 @@ static void vit_declare(const hparams & hp, float std, weights & w) {
     w.add_vector("output.bias", hp.n_vocab, init::zeros());
 }
 
-static tensor vit_forward(const net & n, const inputs & in) {
+static tensor vit_hidden(const net & n, const inputs & in) {
     const hparams & hp  = n.hp;
     ggml_context *  ctx = n.ctx;
     const int64_t   C = hp.n_embd, N = hp.n_patches(), T = hp.n_ctx, B = in.patches->ne[1] / N;
@@ -49,7 +49,11 @@ static tensor vit_forward(const net & n, const inputs & in) {
         x = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_permute(ctx, x, 1, 0, 2, 3)));   // [1, C, B]
         x = ggml_scale(ctx, ggml_reshape_2d(ctx, x, C, B), 1.0f / (float) T);
     }
-    return n.linear("output", x);   // [V, B]
+    return x;
+}
+
+static const char * vit_head(const hparams &) {
+    return "output";
 }
 
 static void vit_write_metadata(const hparams & hp, gguf_writer & out) {
@@ -71,6 +75,6 @@ static double vit_flops_per_token(const hparams & hp) {
     return 2 * (hp.n_layer * gelu_block_products(hp) + (double) hp.n_embd * (hp.patch_dim() + (double) hp.n_vocab / hp.n_ctx));
 }
 
-const arch ARCH_VIT = { "vit", vit_declare, vit_forward, vit_write_metadata, vit_flops_per_token };
+const arch ARCH_VIT = { "vit", vit_declare, vit_hidden, vit_head, vit_write_metadata, vit_flops_per_token };
 
 }   // namespace toy

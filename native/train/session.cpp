@@ -69,8 +69,6 @@ void session::build_inputs() {
     if (!buf_inputs) {
         throw error("oom", EXIT_FAILED, "cannot allocate the inputs of the step", "lower train.micro_batch or model.context");
     }
-    const float one = 1.0f;
-    ggml_backend_tensor_set(loss_grad, &one, 0, sizeof(one));
     if (in.positions) {
         std::vector<int32_t> pos(T);
         std::vector<float>   causal(T * T);
@@ -85,6 +83,24 @@ void session::build_inputs() {
     }
 }
 
+// Few classes: their logits are kept, because accuracy reads them.
+ggml_tensor * session::class_loss(const net & n) {
+    logits = model.forward(n, in);
+    ggml_set_name(logits, "logits");
+    ggml_set_output(logits);
+    return ggml_cross_entropy_sparse(n.ctx, logits, labels, scale);
+}
+
+// A vocabulary: its logits would be the largest tensor of all, so that the loss, the gradient of what the head reads and that of the head
+// itself (if it is trained, straight into its buffer) come from one operation that makes a few rows of them at a time.
+ggml_tensor * session::token_loss(const net & n) {
+    ggml_tensor * x    = model.hidden(n, in);   // [C, T*B]
+    ggml_tensor * head = n.get(model.head(hp) + std::string(".weight"));
+    ggml_tensor * dx   = ggml_new_tensor_2d(n.ctx, GGML_TYPE_F32, x->ne[0], x->ne[1]);
+    const auto    own  = std::find_if(w.params.begin(), w.params.end(), [&](const param & p) { return p.w == head; });
+    return ggml_linear_cross_entropy(n.ctx, x, head, labels, scale, loss_grad, dx, own == w.params.end() ? nullptr : own->g);
+}
+
 void session::build_step() {
     // forward and loss
     const size_t graph_size = 64 * w.params.size() + 512 * (hp.n_layer + 2);
@@ -97,12 +113,8 @@ void session::build_step() {
         lora = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), (float) (cfg.lora.alpha / cfg.lora.rank), (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();
     }
-    logits = model.forward(n, in);
-    ggml_set_name(logits, "logits");
-    if (is_vision()) {
-        ggml_set_output(logits);   // accuracy reads them
-    }
-    loss = ggml_cross_entropy_sparse(ctx_graph, logits, labels, scale);
+    const bool whole = is_vision() || n.get(model.head(hp) + std::string(".bias"));
+    loss             = whole ? class_loss(n) : token_loss(n);
     ggml_set_name(loss, "loss");
     ggml_set_loss(loss);
     ggml_set_output(loss);
@@ -135,13 +147,17 @@ void session::build_step() {
     }
 }
 
+static bool takes(const ggml_tensor * node, const ggml_tensor * t) {
+    return std::find(node->src, node->src + GGML_MAX_SRC, t) != node->src + GGML_MAX_SRC;
+}
+
 void session::find_first_sums() {
     for (const param & p : w.params) {
         if (p.frozen) {
             continue;
         }
-        int i = n_forward;
-        while (i < ggml_graph_n_nodes(graph) && ggml_graph_node(graph, i)->view_src != p.g) {
+        int i = n_forward - 1;   // the loss may make the gradient of the head
+        while (i < ggml_graph_n_nodes(graph) && !takes(ggml_graph_node(graph, i), p.g)) {
             i++;
         }
         if (i < ggml_graph_n_nodes(graph) && ggml_adds_in_place(ggml_graph_node(graph, i))) {
@@ -329,7 +345,7 @@ void session::start_weights(const inputs_lookup & paths) {
 // steps
 //
 
-float session::run(ggml_cgraph * g, const batch & b, float loss_scale) {
+float session::run(ggml_cgraph * g, const batch & b, float loss_scale, float grad) {
     if (in.patches) {
         ggml_backend_tensor_set(in.patches, b.patches.data(), 0, ggml_nbytes(in.patches));
     } else {
@@ -338,6 +354,7 @@ float session::run(ggml_cgraph * g, const batch & b, float loss_scale) {
     ggml_backend_tensor_set(labels, b.labels.data(), 0, ggml_nbytes(labels));
     ggml_backend_tensor_set(seeds, b.seeds.data(), 0, ggml_nbytes(seeds));
     ggml_backend_tensor_set(scale, &loss_scale, 0, sizeof(loss_scale));
+    ggml_backend_tensor_set(loss_grad, &grad, 0, sizeof(grad));
     be.compute(g);
     float value;
     ggml_backend_tensor_get(loss, &value, 0, sizeof(value));
@@ -368,7 +385,7 @@ float session::loss_and_gradients() {
             reader->next(t.micro_batch, last_batch);
         }
         begin_round(i);
-        sum += run(graph, last_batch, loss_scale);
+        sum += run(graph, last_batch, loss_scale, 1.0f);
         if (!std::isfinite(sum)) {
             break;   // last_batch stays the one that did it
         }
@@ -478,7 +495,7 @@ eval_result session::evaluate() {
         if (b.n_labels == 0) {
             continue;
         }
-        sum += (double) run(&forward, b, 1.0f / (float) b.n_labels) * (double) b.n_labels;
+        sum += (double) run(&forward, b, 1.0f / (float) b.n_labels, 0.0f) * (double) b.n_labels;
         n += b.n_labels;
         hits += is_vision() ? count_hits(b) : 0;
     }

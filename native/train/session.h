@@ -96,23 +96,27 @@ struct session {
 
     ggml_context * ctx_graph;
     ggml_gallocr_t galloc;
-    ggml_tensor *  logits, *loss;
+    ggml_tensor *  logits = nullptr;   // images only
+    ggml_tensor *  loss;
     ggml_cgraph *  graph;       // forward, loss and backward
     int            n_forward;   // its first nodes: what an evaluation computes, in the same buffer
 
     // gradients begin with an operation that can set them instead of adding to them, or with zeros
     std::vector<ggml_tensor *> first_sums, zeroed;
 
-    void        declare();
-    void        build_inputs();
-    void        build_step();
-    void        find_first_sums();
-    void        begin_round(int round);
-    void        set_text(const inputs_lookup & in);
-    void        set_images(const inputs_lookup & in);
-    float       run(ggml_cgraph * g, const batch & b, float loss_scale);
-    int64_t     count_hits(const batch & b) const;
-    std::string find_bad_tensor();
+    void          declare();
+    void          build_inputs();
+    void          build_step();
+    ggml_tensor * class_loss(const net & n);
+    ggml_tensor * token_loss(const net & n);
+    void          find_first_sums();
+    void          begin_round(int round);
+    void          set_text(const inputs_lookup & in);
+    void          set_images(const inputs_lookup & in);
+    // -> loss; grad: its own gradient, 1, or 0 where nobody asks for gradients
+    float         run(ggml_cgraph * g, const batch & b, float loss_scale, float grad);
+    int64_t       count_hits(const batch & b) const;
+    std::string   find_bad_tensor();
 };
 
 }   // namespace toy
