@@ -1,0 +1,229 @@
+// What stands between the products: rotary positions, SwiGLU's gradient, that of the embedding, the update of many parameters; against double,
+// by central differences, and the same bytes with 1, 2, 3 and 7 threads.
+
+#include "ops.h"
+
+// --- rotary positions -----------------------------------------------------------------------------------------------
+
+struct rope_case {
+    int64_t d, n_rot, n_head, n_batch;
+    bool    factors;
+};
+
+static void test_rope() {
+    const std::vector<int32_t> positions = { 0, 1, 2, 77, 4095, 100000, 3 };
+
+    const std::vector<rope_case> cases = {
+        { 2, 2, 1, 1, false },   { 16, 16, 2, 3, false }, { 18, 18, 3, 2, true },
+        { 64, 64, 1, 4, false }, { 50, 34, 3, 2, false }, { 128, 32, 2, 1, true },
+    };
+    for (const rope_case & c : cases) {
+        for (int mode : { GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX }) {
+            const std::string name = "rope d=" + std::to_string(c.d) + " n_rot=" + std::to_string(c.n_rot) + " mode=" + std::to_string(mode);
+            context           ctx;
+            const int64_t     T       = (int64_t) positions.size();
+            ggml_tensor *     all     = new_f32(ctx, { c.d, c.n_head + 1, T, c.n_batch });   // one head more: the rows have gaps
+            ggml_tensor *     x       = ggml_view_4d(ctx, all, c.d, c.n_head, T, c.n_batch, all->nb[1], all->nb[2], all->nb[3], all->nb[1]);
+            ggml_tensor *     pos     = new_i32(ctx, positions);
+            ggml_tensor *     factors = c.factors ? new_f32(ctx, { c.n_rot / 2 }) : nullptr;
+            for (int64_t i = 0; c.factors && i < c.n_rot / 2; ++i) {
+                ggml_get_data_f32(factors)[i] = 1.0f + (float) i;
+            }
+            const float         theta_scale = (float) std::pow(10000.0, (double) (-2.0f / (float) c.n_rot));
+            std::vector<double> forward, backward;
+            for (int64_t i3 = 0; i3 < c.n_batch; ++i3) {
+                for (int64_t i2 = 0; i2 < T; ++i2) {
+                    for (int64_t i1 = 0; i1 < c.n_head; ++i1) {
+                        const size_t row = forward.size();
+                        for (int64_t i = 0; i < c.d; ++i) {
+                            forward.push_back(get(x, i, i1, i2, i3));
+                            backward.push_back(get(x, i, i1, i2, i3));
+                        }
+                        float theta = (float) positions[i2];   // ggml's own chain of roundings; sine and cosine are what is tested
+                        for (int64_t i = 0; i < c.n_rot / 2; ++i) {
+                            const int64_t j0 = mode == GGML_ROPE_TYPE_NORMAL ? 2 * i : i,
+                                          j1 = mode == GGML_ROPE_TYPE_NORMAL ? 2 * i + 1 : i + c.n_rot / 2;
+                            const double  x0 = get(x, j0, i1, i2, i3), x1 = get(x, j1, i1, i2, i3);
+                            const float   at     = factors ? theta / ggml_get_data_f32(factors)[i] : theta;
+                            const double  cos_at = std::cos((double) at), sin_at = std::sin((double) at);
+                            forward[row + j0]  = x0 * cos_at - x1 * sin_at;
+                            forward[row + j1]  = x0 * sin_at + x1 * cos_at;
+                            backward[row + j0] = x0 * cos_at + x1 * sin_at;
+                            backward[row + j1] = x1 * cos_at - x0 * sin_at;
+                            theta *= theta_scale;
+                        }
+                    }
+                }
+            }
+            const int n_rot = (int) c.n_rot;
+            compare(run(ctx, ggml_rope_ext(ctx, x, pos, factors, n_rot, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f), name), forward, 3e-7,
+                    name);
+            compare(run(ctx, ggml_rope_ext_back(ctx, x, pos, factors, n_rot, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f), name + " back"),
+                    backward, 3e-7, name + " back");
+
+            // in place: y is rotated where it lies
+            ggml_tensor * y     = ggml_dup_tensor(ctx, ggml_cont(ctx, x));
+            ggml_tensor * place = ggml_rope_ext_inplace(ctx, y, pos, factors, n_rot, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f);
+            for (int n_threads : { 1, 3 }) {
+                for (int64_t i = 0; i < ggml_nelements(y); ++i) {
+                    ggml_get_data_f32(y)[i] = get(x, i % c.d, i / c.d % c.n_head, i / c.d / c.n_head % T, i / c.d / c.n_head / T);
+                }
+                compute(graph_of(ctx, place), n_threads);
+                compare({ ggml_get_data_f32(y), ggml_get_data_f32(y) + ggml_nelements(y) }, forward, 3e-7, name + " in place");
+            }
+            check_gradients(
+                name,
+                [&](ggml_context * ctx) {
+                    ggml_tensor * y = new_f32(ctx, { c.d, c.n_head, T, c.n_batch });
+                    return function{ ggml_rope_ext(ctx, y, new_i32(ctx, positions), nullptr, n_rot, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f),
+                                     { y } };
+                },
+                0.5f, 1e-5);
+        }
+    }
+}
+
+// --- SwiGLU ---------------------------------------------------------------------------------------------------------
+
+static void test_swiglu_back() {
+    for (int64_t n : { 1, 7, 15, 16, 17, 100, 333 }) {
+        const std::string name = "swiglu_back n=" + std::to_string(n);
+        context           ctx;
+        ggml_tensor *     all     = new_f32(ctx, { n + 3, 5, 3, 2 }, 20.0f);   // far out, exp runs over on one side
+        ggml_tensor *     x       = ggml_view_4d(ctx, all, n, 5, 3, 2, all->nb[1], all->nb[2], all->nb[3], 2 * sizeof(float));
+        ggml_tensor *     g       = new_f32(ctx, { n, 5, 3, 2 });
+        ggml_tensor *     dy      = new_f32(ctx, { n, 5, 3, 2 });
+        ggml_get_data_f32(all)[2] = -200.0f;
+        std::vector<double> want_x, want_g;
+        for (int64_t i = 0; i < ggml_nelements(g); ++i) {
+            const double xi = get(x, i % n, i / n % 5, i / n / 5 % 3, i / n / 15), gi = ggml_get_data_f32(g)[i], di = ggml_get_data_f32(dy)[i];
+            const double s = 1.0 / (1.0 + std::exp(-xi));
+            want_x.push_back(di * gi * s * (1.0 + xi * (1.0 - s)));
+            want_g.push_back(di * xi * s);
+        }
+        const std::vector<float> got = run(ctx, ggml_swiglu_back(ctx, dy, x, g), name);
+        compare({ got.begin(), got.begin() + (long) want_x.size() }, want_x, 1e-6, name + ": of what goes through SILU");
+        compare({ got.begin() + (long) want_x.size(), got.end() }, want_g, 1e-6, name + ": of the factor");
+    }
+    check_gradients(
+        "swiglu of both, in a chain",
+        [](ggml_context * ctx) {
+            ggml_tensor * x = new_f32(ctx, { 37, 3, 2 }, 3.0f);
+            ggml_tensor * g = new_f32(ctx, { 37, 3, 2 });
+            return function{ ggml_silu(ctx, ggml_swiglu_split(ctx, ggml_scale(ctx, x, 2.0f), ggml_scale(ctx, g, 3.0f))), { x, g } };
+        },
+        1e-2f, 1e-3);
+    for (int which : { 0, 1 }) {
+        check_gradients(
+            "swiglu of one",
+            [which](ggml_context * ctx) {
+                ggml_tensor * x = new_f32(ctx, { 37, 3, 2 }, 3.0f);
+                ggml_tensor * g = new_f32(ctx, { 37, 3, 2 });
+                return function{ ggml_swiglu_split(ctx, x, g), { which == 0 ? x : g } };
+            },
+            1e-2f, 1e-3);
+    }
+    check_gradients(
+        "swiglu of one tensor twice",
+        [](ggml_context * ctx) {
+            ggml_tensor * x = new_f32(ctx, { 37, 3 }, 3.0f);
+            return function{ ggml_swiglu_split(ctx, x, x), { x } };
+        },
+        1e-2f, 1e-3);
+}
+
+// --- the embedding's gradient ---------------------------------------------------------------------------------------
+
+static void test_get_rows_back() {
+    struct shape {
+        int64_t              n_embd, n_vocab;
+        std::vector<int32_t> rows;
+    };
+    const std::vector<shape> shapes = {
+        { 1, 1, { 0, 0, 0 } },
+        { 15, 4, { 3, 0, 3, 3 } },
+        { 33, 7, { 6, 6, 1, 0, 6, 1, 2, 6, 6 } },
+        { 130, 50, { 49, 3, 17, 3, 3, 0 } },
+    };
+    for (const shape & s : shapes) {
+        const std::string   name = "get_rows_back n_embd=" + std::to_string(s.n_embd);
+        context             ctx;
+        ggml_tensor *       table = new_f32(ctx, { s.n_embd, s.n_vocab });
+        ggml_tensor *       wide  = new_f32(ctx, { s.n_embd + 3, (int64_t) s.rows.size() });   // rows with gaps
+        ggml_tensor *       grad  = ggml_view_2d(ctx, wide, s.n_embd, wide->ne[1], wide->nb[1], sizeof(float));
+        ggml_tensor *       rows  = new_i32(ctx, s.rows);
+        std::vector<double> want(s.n_embd * s.n_vocab);
+        for (size_t i = 0; i < s.rows.size(); ++i) {
+            for (int64_t j = 0; j < s.n_embd; ++j) {
+                want[s.rows[i] * s.n_embd + j] += get(grad, j, (int64_t) i);
+            }
+        }
+        compare(run(ctx, ggml_get_rows_back(ctx, grad, rows, table), name), want, 1e-6, name);
+
+        ggml_tensor *            acc   = new_f32(ctx, { s.n_embd, s.n_vocab });
+        const std::vector<float> start = { ggml_get_data_f32(acc), ggml_get_data_f32(acc) + ggml_nelements(acc) };
+        ggml_tensor *            sum   = ggml_get_rows_back_acc(ctx, acc, grad, rows);
+        ggml_cgraph *            graph = graph_of(ctx, sum);
+        std::vector<double>      added = want;
+        for (size_t i = 0; i < added.size(); ++i) {
+            added[i] += start[i];
+        }
+        check(ggml_adds_in_place(sum), name + ": in place");
+        for (bool set : { false, true }) {
+            std::vector<float> first;
+            for (int n_threads : { 1, 2, 3, 7 }) {
+                std::copy(start.begin(), start.end(), ggml_get_data_f32(acc));
+                sum->flags = set ? sum->flags | GGML_TENSOR_FLAG_SET : sum->flags & ~GGML_TENSOR_FLAG_SET;
+                compute(graph, n_threads);
+                const std::vector<float> got = { ggml_get_data_f32(acc), ggml_get_data_f32(acc) + ggml_nelements(acc) };
+                first                        = first.empty() ? got : first;
+                compare(got, set ? want : added, 1e-6, name + (set ? ": set" : ": added"));
+                check(memcmp(got.data(), first.data(), got.size() * sizeof(float)) == 0, name + ": same bytes with other threads");
+            }
+        }
+    }
+}
+
+// --- the update of many parameters ----------------------------------------------------------------------------------
+
+static void test_adamw_of_many() {
+    std::vector<std::vector<float>> first;
+    for (int n_threads : { 1, 2, 3, 7 }) {
+        context ctx;
+        rng_state = 7;
+        std::vector<ggml_tensor *> tensors;
+        ggml_tensor *              hyper = new_f32(ctx, { 8 });
+        const float                h[8]  = { 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, 10.0f, 100.0f, 0.5f };
+        ggml_cgraph *              graph = ggml_new_graph_custom(ctx, 4096, false);
+        memcpy(hyper->data, h, sizeof(h));
+        for (int i = 0; i < 60; ++i) {
+            const std::vector<int64_t> ne = { 1 + i * 7 % 40, 1 + i % 5 * 11 };
+            ggml_tensor *              w = new_f32(ctx, ne), *g = new_f32(ctx, ne), *m = new_f32(ctx, ne), *v = new_f32(ctx, ne);
+            for (int64_t j = 0; j < ggml_nelements(v); ++j) {
+                ggml_get_data_f32(v)[j] = std::fabs(ggml_get_data_f32(v)[j]);
+            }
+            ggml_set_param(w);
+            tensors.insert(tensors.end(), { w, m, v });
+            ggml_build_forward_expand(graph, ggml_opt_step_adamw(ctx, w, g, m, v, hyper));
+        }
+        for (int step = 0; step < 20; ++step) {
+            compute(graph, n_threads);
+        }
+        for (size_t i = 0; i < tensors.size(); ++i) {
+            const std::vector<float> got = { ggml_get_data_f32(tensors[i]), ggml_get_data_f32(tensors[i]) + ggml_nelements(tensors[i]) };
+            if (n_threads == 1) {
+                first.push_back(got);
+            }
+            check(memcmp(got.data(), first[i].data(), got.size() * sizeof(float)) == 0, "adamw of many tensors: same bytes with other threads");
+        }
+    }
+}
+
+int main() {
+    ggml_cpu_init();
+    test_rope();
+    test_swiglu_back();
+    test_get_rows_back();
+    test_adamw_of_many();
+    return summary("test-elementwise");
+}
