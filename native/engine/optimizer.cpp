@@ -47,10 +47,10 @@ adamw::adamw(const config & cfg, weights & w, backend & be) : cfg(cfg), w(w), be
             continue;
         }
         trained.push_back(&p);
-        sums.push_back(ggml_sum_sqr(ctx, p.g));
-        ggml_build_forward_expand(graph_norm, sums.back());
         ggml_build_forward_expand(graph_update, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.embedding][p.decay]));
     }
+    sum = ggml_sum_sqr(ctx, w.gradients);
+    ggml_build_forward_expand(graph_norm, sum);
     buf = ggml_backend_alloc_ctx_tensors(ctx, be.handle);
 }
 
@@ -61,17 +61,18 @@ adamw::~adamw() {
 
 double adamw::grad_norm(const param ** first_bad) {
     be.compute(graph_norm);
-    double sum = 0;
+    float squares;
+    ggml_backend_tensor_get(sum, &squares, 0, sizeof(squares));
     *first_bad = nullptr;
-    for (size_t i = 0; i < sums.size(); i++) {
-        float s;
-        ggml_backend_tensor_get(sums[i], &s, 0, sizeof(s));
-        if (!std::isfinite(s) && !*first_bad) {
-            *first_bad = trained[i];
+    if (!std::isfinite(squares)) {
+        std::vector<float> g;
+        for (size_t i = 0; i < trained.size() && !*first_bad; i++) {
+            g.resize(ggml_nelements(trained[i]->g));
+            ggml_backend_tensor_get(trained[i]->g, g.data(), 0, ggml_nbytes(trained[i]->g));
+            *first_bad = std::all_of(g.begin(), g.end(), [](float x) { return std::isfinite(x); }) ? nullptr : trained[i];
         }
-        sum += s;
     }
-    return std::sqrt(sum);
+    return std::sqrt((double) squares);
 }
 
 // x^n by squaring: libm's pow differs between machines

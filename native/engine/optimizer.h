@@ -20,8 +20,8 @@ struct adamw {
     adamw(const adamw &)             = delete;
     adamw & operator=(const adamw &) = delete;
 
-    // Global L2 norm of the gradients, summed in double in the order of the tensors.
-    // Not finite: `first_bad` is the first parameter, in forward order, whose gradient is not.
+    // Global L2 norm of the gradients, summed in double.
+    // Not finite: `first_bad` is the first parameter, in forward order, whose gradient is not; null where only the sum runs over.
     double grad_norm(const param ** first_bad);
 
     // One update. step counts from 1; gradients are scaled by min(1, grad_clip/norm).
@@ -37,7 +37,7 @@ struct adamw {
     ggml_context *             ctx;
     ggml_backend_buffer_t      buf;
     std::vector<const param *> trained;       // those that are not frozen
-    std::vector<ggml_tensor *> sums;          // one [1] each: sum of squared gradients
+    ggml_tensor *              sum;           // [1]: of all squared gradients
     ggml_tensor *              hyper[2][2];   // [8]; of the embeddings or not; with weight decay or not
     ggml_cgraph *              graph_norm;
     ggml_cgraph *              graph_update;

@@ -111,6 +111,25 @@ void weights::alloc(ggml_backend_t backend) {
                         "lower model.n_layer, model.n_embd or model.vocab_size; `--dry-run` says what is needed");
         }
     }
+    join_gradients();
+}
+
+// They lie one after the other in their buffer. The few bytes between two of them become zeros, and stay so.
+void weights::join_gradients() {
+    ggml_tensor *                          first = ggml_get_first_tensor(ctx[1]);
+    std::vector<std::pair<size_t, size_t>> gaps;   // from, to
+    size_t                                 end = 0;
+    for (ggml_tensor * g = first; g; g = ggml_get_next_tensor(ctx[1], g)) {
+        const size_t at = (size_t) ((char *) g->data - (char *) first->data);
+        GGML_ASSERT(g->buffer == first->buffer && at >= end);
+        gaps.emplace_back(end, at);
+        end = at + ggml_nbytes(g);
+    }
+    gradients = ggml_new_tensor_1d(ctx[1], GGML_TYPE_F32, (int64_t) (end / sizeof(float)));
+    ggml_backend_tensor_alloc(buf[1], gradients, first->data);
+    for (const auto & gap : gaps) {
+        ggml_backend_tensor_memset(gradients, 0, gap.first, gap.second - gap.first);
+    }
 }
 
 void weights::start(uint64_t seed) {

@@ -39,7 +39,8 @@ struct param {
 };
 
 struct weights {
-    std::vector<param> params;   // in forward order
+    std::vector<param> params;                // in forward order
+    ggml_tensor *      gradients = nullptr;   // all of them as one row, with zeros between: what is summed over all is summed at once
 
     weights();
     ~weights();
@@ -65,6 +66,7 @@ struct weights {
     ggml_backend_buffer_t buf[3] = {};
 
     void add(const std::string & name, ggml_tensor * w, init start);
+    void join_gradients();
 };
 
 // Copies tensors of a GGUF, dequantised to f32, into those of the same name; `wanted` picks the names.
