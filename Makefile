@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PLAY   := playground
 
-.PHONY: setup train test test-slow bench gate lint format clean
+.PHONY: setup train test test-slow sanitize bench gate lint format clean
 
 setup: $(VENV)/.setup ## .venv with the `toy` command in it
 
@@ -30,6 +30,12 @@ test: $(VENV)/.test ## everything but the long runs
 
 test-slow: $(VENV)/.test ## the long runs: published losses
 	$(BIN)/python -m pytest -m slow tests/slow
+
+sanitize: $(VENV)/.test ## the native tests under the address, undefined-behaviour and thread sanitizers
+	for s in address undefined thread; do \
+	    $(BIN)/cmake -B build/$$s -DTOY_SANITIZE=$$s -DTOY_TESTS=ON -DTOY_RUNNERS=OFF && $(BIN)/cmake --build build/$$s && \
+	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
+	done
 
 bench: $(VENV)/.test ## toy against PyTorch, and the GEMM roof, in one run
 	$(BIN)/python tests/bench/bench.py

@@ -72,7 +72,7 @@ lora_file::lora_file(const std::string & path, const gguf_file & base) : file(pa
     if (theirs != ours) {
         throw unfit(f, " adapts a " + theirs + " model, and " + base.path + " is a " + ours);
     }
-    int64_t rank = 0;
+    int n_pairs = 0;
     for (ggml_tensor * t = ggml_get_first_tensor(f.ctx); t; t = ggml_get_next_tensor(f.ctx, t)) {
         const std::string name = t->name;
         const bool        is_a = name.size() > 7 && name.compare(name.size() - 7, 7, ".lora_a") == 0;
@@ -90,18 +90,21 @@ lora_file::lora_file(const std::string & path, const gguf_file & base) : file(pa
         if (target.rfind("blk.", 0) != 0) {
             throw error("bad_file", EXIT_BAD_INPUT, f.path + " adapts " + target, "toy applies adapters of the matrices inside the blocks");
         }
-        if (!a || !b || a->ne[0] != w->ne[0] || b->ne[1] != w->ne[1] || a->ne[1] != b->ne[0] || a->type != GGML_TYPE_F32 ||
-            b->type != GGML_TYPE_F32) {
+        if (t->type != GGML_TYPE_F32) {
+            throw error("bad_file", EXIT_BAD_INPUT, format("%s: %s is %s", f.path.c_str(), t->name, ggml_type_name(t->type)),
+                        "toy applies adapters in f32; `toy merge` takes any type");
+        }
+        if (!a || !b || a->ne[0] != w->ne[0] || b->ne[1] != w->ne[1] || a->ne[1] != b->ne[0]) {
             throw unfit(f,
                         format(": its term for %s does not fit the base's %lld x %lld", target.c_str(), (long long) w->ne[0], (long long) w->ne[1]));
         }
-        rank = b->ne[0];
+        n_pairs++;
     }
-    if (rank == 0) {
+    if (n_pairs == 0) {
         throw unfit(f, " holds no tensors");
     }
     adapter.get   = file.lookup();
-    adapter.scale = (float) (f.get_num("adapter.lora.alpha", (double) rank) / (double) rank);
+    adapter.alpha = f.get_num("adapter.lora.alpha", 0);
 }
 
 }   // namespace toy

@@ -27,7 +27,7 @@ tensor net::linear(const std::string & name, tensor x) const {
         }
         tensor low = product(a, in);                                // [r, N]
         low        = product(lora->get(weight + ".lora_b"), low);   // [out, N]
-        y          = ggml_add(ctx, y, ggml_scale(ctx, low, lora->scale));
+        y          = ggml_add(ctx, y, ggml_scale(ctx, low, lora->alpha != 0 ? (float) (lora->alpha / (double) a->ne[1]) : 1.0f));
     }
     if (tensor b = get(name + ".bias")) {
         y = ggml_add(ctx, y, b);

@@ -17,10 +17,10 @@ struct kv_cache {
     int                        n_ctx  = 0;   // slots there are
 };
 
-// A low-rank term beside some of the products (Hu et al. 2021, arXiv 2106.09685): W x + scale B A x.
+// A low-rank term beside some of the products (Hu et al. 2021, arXiv 2106.09685): W x + alpha / r B A x.
 struct lora_adapter {
     tensor_lookup get;                 // <tensor>.lora_a [in, r], <tensor>.lora_b [r, out]
-    float         scale   = 0;         // alpha / r
+    double        alpha   = 0;         // 0: the term is not scaled, as llama.cpp has it
     float         dropout = 0;         // of x, in the low-rank term only
     ggml_tensor * seeds   = nullptr;   // [2, B] i32: the random stream of each sequence
 };

@@ -17,6 +17,10 @@ backend::backend(const std::string & device, int n_threads) : n_threads(n_thread
     if (device != "cpu") {
         throw error("not_available", EXIT_BAD_INPUT, format("this runner computes on the cpu, not on %s", device.c_str()), "use --device cpu");
     }
+    if (n_threads > GGML_MAX_N_THREADS) {
+        throw error("bad_flag", EXIT_BAD_INPUT, format("%d threads are more than ggml's %d", n_threads, GGML_MAX_N_THREADS),
+                    "use --threads 0: all usable cores");
+    }
     handle                        = ggml_backend_cpu_init();
     // one pool for the whole run; more threads than cores must not spin, or the one that is needed cannot run
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);

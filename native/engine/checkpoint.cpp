@@ -47,6 +47,12 @@ static void write_state(const std::string & path, const config & cfg, const std:
     out.write(path);
 }
 
+// DONE goes first: what is left of a removal that was cut short is not taken for a checkpoint.
+static void remove_checkpoint(const std::string & path) {
+    remove_all(path + "/DONE");
+    remove_all(path);
+}
+
 std::string checkpoints::save(const config & cfg, const weights & w, const train_state & st) {
     const std::string final_dir = dir + "/" + step_name(st.step), tmp = final_dir + ".tmp";
     if (has(st.step)) {
@@ -58,7 +64,7 @@ std::string checkpoints::save(const config & cfg, const weights & w, const train
                     "free some space, or name another place with --out; the checkpoints written before are whole");
     }
     remove_all(tmp);
-    remove_all(final_dir);
+    remove_checkpoint(final_dir);
     try {
         make_dir(tmp);
         write_state(tmp + "/state.gguf", cfg, datasets, w, st);
@@ -102,7 +108,7 @@ void checkpoints::prune(const config & cfg, int64_t best_step) {
     for (size_t i = std::max(keep, 1); i < steps.size(); i++) {
         const bool stays = (cfg.checkpoint.keep_best && steps[i] == best_step) || (keep_every > 0 && steps[i] % keep_every == 0);
         if (!stays) {
-            remove_all(dir + "/" + step_name(steps[i]));
+            remove_checkpoint(dir + "/" + step_name(steps[i]));
         }
     }
 }
@@ -121,7 +127,7 @@ static void read_tensor(FILE * f, const gguf_file & file, const std::string & na
     for (size_t at = 0; at < ggml_nbytes(into); at += buf.size()) {
         const size_t len = std::min(buf.size(), ggml_nbytes(into) - at);
         if (fread(buf.data(), 1, len, f) != len) {
-            throw damaged(file, format("cannot be read: %s", strerror(errno)));
+            throw damaged(file, feof(f) ? std::string("is cut short") : format("cannot be read: %s", strerror(errno)));
         }
         ggml_backend_tensor_set(into, buf.data(), at, len);
     }

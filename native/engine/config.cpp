@@ -170,9 +170,10 @@ std::string config::difference(const config & saved) const {
         if (here[i].second != there[i].second) {
             // a value as it was written, not with the seventeen digits that tell two of them apart
             const auto written = [&](const config & c) {
-                const std::string line = here[i].first + "=";
-                const size_t      at   = ("\n" + c.text).find("\n" + line);
-                return at == std::string::npos ? std::string("?") : c.text.substr(at + line.size(), c.text.find('\n', at) - at - line.size());
+                const std::string line  = here[i].first + "=";
+                const size_t      at    = ("\n" + c.text).find("\n" + line);
+                const std::string value = at == std::string::npos ? "?" : c.text.substr(at + line.size(), c.text.find('\n', at) - at - line.size());
+                return value.empty() ? std::string("empty") : value;
             };
             return format("%s is %s here and %s there", here[i].first.c_str(), written(*this).c_str(), written(saved).c_str());
         }

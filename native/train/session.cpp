@@ -110,7 +110,7 @@ void session::build_step() {
     graph                   = ggml_new_graph_custom(ctx_graph, graph_size, true);
     net n                   = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
     if (base) {
-        lora = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), (float) (cfg.lora.alpha / cfg.lora.rank), (float) cfg.lora.dropout, seeds });
+        lora = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), cfg.lora.alpha, (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();
     }
     const bool whole = is_vision() || n.get(model.head(hp) + std::string(".bias"));
