@@ -1,8 +1,10 @@
-// Speed of f32 matrix products on the CPU backend, one JSON line a measurement: the roof that training runs under.
+// Speed of matrix products on the CPU backend, one JSON line a measurement: the roof that training runs under.
 //
-//   bench-gemm [-t THREADS] [-s SECONDS] [-b BATCH] [-q TYPE] M K N [M K N ...]
+//   bench-gemm [-t THREADS] [-s SECONDS] [-b BATCH] [-q TYPE] [-p PRECISION] M K N [M K N ...]
 //
-// TYPE is that of the weights in nt and nn, f32 unless given, or q4_K, q8_0, ...: they become f32 as they are packed.
+// PRECISION is f32 (unless given) or bf16: operands are f32 and are rounded as they are packed. TYPE is that of the weights in nt
+// and nn, f32 unless given, or q4_K, q8_0, ...: they become f32 as they are packed.
+//
 // C[m,n] = A[m,k]*B[k,n], row-major, in the three layouts of a linear layer:
 //   nt   B stored as [n,k]   MUL_MAT            y  = x W^T
 //   nn   both as written     OUT_PROD, grad^T   dx = dy W
@@ -18,20 +20,20 @@
 #include <string>
 #include <vector>
 
-static double measure(const char * layout, ggml_type type, int64_t m, int64_t k, int64_t n, int64_t batch, double seconds, ggml_threadpool * pool,
-                      int n_threads) {
+static double measure(const char * layout, ggml_type type, ggml_prec prec, int64_t m, int64_t k, int64_t n, int64_t batch, double seconds,
+                      ggml_threadpool * pool, int n_threads) {
     ggml_init_params params = { sizeof(float) * batch * (size_t) (m * k + k * n + m * n) + 16 * 1024 * 1024, nullptr, false };
     ggml_context *   ctx    = ggml_init(params);
 
     ggml_tensor * c = nullptr;
     if (strcmp(layout, "nt") == 0) {
         c = ggml_mul_mat(ctx, ggml_new_tensor_3d(ctx, type, k, n, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch));
-        ggml_mul_mat_set_prec(c, GGML_PREC_F32);
     } else if (strcmp(layout, "nn") == 0) {
         c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, type, n, k, batch), ggml_transpose(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch)));
     } else {
         c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, m, k, batch));
     }
+    ggml_mul_mat_set_prec(c, prec);
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         if (!t->view_src && t->op == GGML_OP_NONE) {
             std::vector<float> x(ggml_nelements(t));
@@ -71,6 +73,7 @@ int main(int argc, char ** argv) {
     int                  batch     = 1;
     double               seconds   = 0.5;
     ggml_type            type      = GGML_TYPE_F32;
+    std::string          precision = "f32";
     std::vector<int64_t> shape;
 
     for (int i = 1; i < argc; ++i) {
@@ -81,6 +84,8 @@ int main(int argc, char ** argv) {
             batch = atoi(argv[++i]);
         } else if (arg == "-s" && i + 1 < argc) {
             seconds = atof(argv[++i]);
+        } else if (arg == "-p" && i + 1 < argc) {
+            precision = argv[++i];
         } else if (arg == "-q" && i + 1 < argc) {
             const std::string name = argv[++i];
             int               t    = 0;
@@ -93,8 +98,8 @@ int main(int argc, char ** argv) {
         }
     }
     if (shape.empty() || shape.size() % 3 != 0 || n_threads < 1 || batch < 1 || type == GGML_TYPE_COUNT ||
-        *std::min_element(shape.begin(), shape.end()) < 1) {
-        fprintf(stderr, "usage: %s [-t THREADS] [-s SECONDS] [-b BATCH] [-q TYPE] M K N [M K N ...]\n", argv[0]);
+        (precision != "f32" && precision != "bf16") || *std::min_element(shape.begin(), shape.end()) < 1) {
+        fprintf(stderr, "usage: %s [-t THREADS] [-s SECONDS] [-b BATCH] [-q TYPE] [-p PRECISION] M K N [M K N ...]\n", argv[0]);
         return 2;
     }
 
@@ -105,11 +110,12 @@ int main(int argc, char ** argv) {
     for (size_t i = 0; i < shape.size(); i += 3) {
         for (const char * layout : { "nt", "nn", "tn" }) {
             const int64_t m = shape[i], k = shape[i + 1], n = shape[i + 2];
-            const double  t = measure(layout, type, m, k, n, batch, seconds, pool, n_threads);
+            const double  t = measure(layout, type, precision == "bf16" ? GGML_PREC_BF16 : GGML_PREC_F32, m, k, n, batch, seconds, pool, n_threads);
             printf(
-                "{\"layout\": \"%s\", \"type\": \"%s\", \"m\": %lld, \"k\": %lld, \"n\": %lld, \"batch\": %d, \"threads\": %d, \"seconds\": %.3e, "
+                "{\"layout\": \"%s\", \"type\": \"%s\", \"precision\": \"%s\", \"m\": %lld, \"k\": %lld, \"n\": %lld, \"batch\": %d, \"threads\": "
+                "%d, \"seconds\": %.3e, "
                 "\"gflops\": %.1f}\n",
-                layout, ggml_type_name(type), (long long) m, (long long) k, (long long) n, batch, n_threads, t,
+                layout, ggml_type_name(type), precision.c_str(), (long long) m, (long long) k, (long long) n, batch, n_threads, t,
                 2e-9 * (double) (m * k * n * batch) / t);
             fflush(stdout);
         }

@@ -208,6 +208,126 @@ static void test_types() {
     }
 }
 
+// --- products in bf16 -----------------------------------------------------------------------------------------------
+
+static float to_bf16(float x) {
+    return ggml_bf16_to_fp32(ggml_fp32_to_bf16(x));
+}
+
+// the numbers of t, rounded, in f32 and contiguous
+static ggml_tensor * rounded(ggml_context * ctx, const ggml_tensor * t) {
+    ggml_tensor * y = ggml_new_tensor(ctx, GGML_TYPE_F32, 4, t->ne);
+    if (t->type == GGML_TYPE_F32) {
+        for (int64_t i = 0; i < ggml_nelements(t); ++i) {
+            const int64_t i0 = i % t->ne[0], i1 = i / t->ne[0] % t->ne[1], i2 = i / t->ne[0] / t->ne[1] % t->ne[2],
+                          i3        = i / t->ne[0] / t->ne[1] / t->ne[2];
+            ggml_get_data_f32(y)[i] = get(t, i0, i1, i2, i3);
+        }
+    } else {
+        y = as_f32(ctx, t);
+    }
+    for (int64_t i = 0; i < ggml_nelements(y); ++i) {
+        ggml_get_data_f32(y)[i] = to_bf16(ggml_get_data_f32(y)[i]);
+    }
+    return y;
+}
+
+static void check_bf16(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, bool out_prod, const std::string & name) {
+    ggml_tensor * c = out_prod ? ggml_out_prod(ctx, a, b) : ggml_mul_mat(ctx, a, b);
+    ggml_mul_mat_set_prec(c, GGML_PREC_BF16);
+    // products of rounded operands are exact in f32, as are their sums in pairs but for one rounding
+    const double limit = 2e-7 * std::sqrt((double) (out_prod ? a->ne[1] : a->ne[0])) + 2e-7;
+    compare(run(ctx, c, name), mul_mat_reference(rounded(ctx, a), rounded(ctx, b), out_prod), limit, name);
+}
+
+static void test_bf16() {
+    const std::vector<std::vector<int64_t>> shapes = {
+        // m, k, n
+        { 1, 1, 1 },    { 2, 2, 3 },    { 4, 1, 1 },     { 1, 65, 33 },   { 3, 40, 17 },    { 13, 33, 31 },    { 14, 64, 32 },
+        { 15, 31, 49 }, { 29, 95, 65 }, { 57, 768, 63 }, { 40, 769, 63 }, { 300, 17, 600 }, { 57, 1553, 130 }, { 2, 800, 1000 },
+    };
+    for (const auto & s : shapes) {
+        const int64_t     m = s[0], k = s[1], n = s[2];
+        const std::string name = " bf16 m=" + std::to_string(m) + " k=" + std::to_string(k) + " n=" + std::to_string(n);
+        context           ctx;
+        check_bf16(ctx, new_f32(ctx, { k, n }), new_f32(ctx, { k, m }), false, "mul_mat" + name);
+        check_bf16(ctx, new_f32(ctx, { n, k }), new_f32(ctx, { m, k }), true, "out_prod" + name);
+        check_bf16(ctx, new_f32(ctx, { n, k }), ggml_transpose(ctx, new_f32(ctx, { k, m })), true, "out_prod transposed" + name);
+        // rows with gaps, so that what lies beside a row is not read as part of it
+        ggml_tensor * a = ggml_view_2d(ctx, new_f32(ctx, { k + 3, n }), k, n, (k + 3) * sizeof(float), sizeof(float));
+        ggml_tensor * b = ggml_view_2d(ctx, new_f32(ctx, { k + 5, m }), k, m, (k + 5) * sizeof(float), 2 * sizeof(float));
+        check_bf16(ctx, a, b, false, "mul_mat view" + name);
+        // neither side contiguous along k or along its rows
+        a = ggml_permute(ctx, new_f32(ctx, { 2, k, n }), 2, 0, 1, 3);
+        b = ggml_permute(ctx, new_f32(ctx, { 2, k, m }), 2, 0, 1, 3);
+        check_bf16(ctx, a, b, false, "mul_mat permuted" + name);
+    }
+    for (int64_t r3 : { 1, 2 }) {
+        context           ctx;
+        const std::string name = " bf16 broadcast r3=" + std::to_string(r3);
+        ggml_tensor *     a    = ggml_permute(ctx, new_f32(ctx, { 21, 3, 37, 2 }), 0, 2, 1, 3);
+        ggml_tensor *     b    = ggml_permute(ctx, new_f32(ctx, { 21, 9, 19, 2 * r3 }), 0, 2, 1, 3);
+        check_bf16(ctx, a, b, false, "mul_mat" + name);
+    }
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_1, GGML_TYPE_Q6_K }) {
+        for (int64_t m : { 1, 50 }) {
+            context           ctx;
+            const std::string name = std::string(" bf16 ") + ggml_type_name(type) + " m=" + std::to_string(m);
+            ggml_tensor *     a    = new_of(ctx, type, { 1024, 301 });
+            check_bf16(ctx, a, new_f32(ctx, { 1024, m }), false, "mul_mat" + name);
+            check_bf16(ctx, a, new_f32(ctx, { m, 301 }), true, "out_prod" + name);
+        }
+    }
+    {   // a row's bytes depend neither on its position nor on the other rows
+        context       ctx;
+        ggml_tensor * a       = new_f32(ctx, { 901, 700 });
+        ggml_tensor * b       = new_f32(ctx, { 901, 90 });
+        const auto    product = [&](ggml_tensor * x, ggml_tensor * y) {
+            ggml_tensor * c = ggml_mul_mat(ctx, x, y);
+            ggml_mul_mat_set_prec(c, GGML_PREC_BF16);
+            return run(ctx, c, "mul_mat bf16");
+        };
+        const std::vector<float> all = product(a, b);
+        const std::vector<float> few = product(a, ggml_view_2d(ctx, b, 901, 9, b->nb[1], 37 * b->nb[1]));
+        const std::vector<float> sub = product(ggml_view_2d(ctx, a, 901, 41, a->nb[1], 333 * a->nb[1]), b);
+        check(memcmp(all.data() + 37 * 700, few.data(), few.size() * sizeof(float)) == 0, "mul_mat bf16: some rows have the bytes of all rows");
+        bool same = true;
+        for (int64_t i = 0; i < 90; ++i) {
+            same = same && memcmp(all.data() + i * 700 + 333, sub.data() + i * 41, 41 * sizeof(float)) == 0;
+        }
+        check(same, "mul_mat bf16: some columns have the bytes of all columns");
+    }
+    // gradients are products of rounded operands too; in an accumulator, in a temporary, of a broadcast and of activations
+    for (bool accumulate : { true, false }) {
+        context       ctx;
+        ggml_tensor * w = new_f32(ctx, { 37, 50 });
+        ggml_tensor * x = new_f32(ctx, { 37, 21 });
+        ggml_tensor * r = new_f32(ctx, { 50, 21 });
+        ggml_tensor * y = ggml_mul_mat(ctx, w, x);
+        ggml_mul_mat_set_prec(y, GGML_PREC_BF16);
+        ggml_set_param(w);
+        ggml_set_param(x);
+        ggml_tensor * loss = ggml_sum(ctx, ggml_mul(ctx, y, r));
+        ggml_set_loss(loss);
+        ggml_cgraph *              graph = graph_of(ctx, loss);
+        std::vector<ggml_tensor *> accs(ggml_graph_n_nodes(graph), nullptr);
+        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+            ggml_tensor * node = ggml_graph_node(graph, i);
+            accs[i]            = accumulate && (node == w || node == x) ? ggml_dup_tensor(ctx, node) : nullptr;
+        }
+        ggml_build_backward_expand(ctx, graph, accs.data());
+        ggml_graph_reset(graph);
+        compute(graph, 2);
+        const auto values = [&](ggml_tensor * p) {
+            const float * g = ggml_get_data_f32(ggml_graph_get_grad(graph, p));
+            return std::vector<float>(g, g + ggml_nelements(p));
+        };
+        ggml_tensor *wr = rounded(ctx, w), *xr = rounded(ctx, x), *rr = rounded(ctx, r);
+        compare(values(w), mul_mat_reference(xr, rr, true), 2e-6, "bf16: gradient of the weight");
+        compare(values(x), mul_mat_reference(wr, ggml_transpose(ctx, rr), true), 2e-6, "bf16: gradient of the activation");
+    }
+}
+
 static void test_attention() {
     check_gradients(
         "grouped-query attention, 9 heads on 3, batch 2",
@@ -336,6 +456,7 @@ int main() {
     ggml_cpu_init();
     test_mul_mat();
     test_types();
+    test_bf16();
     test_attention();
     test_accumulators();
     return summary("test-products");
