@@ -32,7 +32,7 @@ static tensor gpt2_hidden(const net & n, const inputs & in) {
     x                = ggml_reshape_2d(ctx, x, C, T * B);
     ggml_set_name(x, "embeddings");
     for (int il = 0; il < hp.n_layer; il++) {
-        x = gelu_block(n, il, x, T, in.mask);
+        x = gelu_block(n, il, x, T, /*causal =*/true);
     }
     if (in.last_only) {
         x = ggml_view_2d(ctx, x, C, B, T * x->nb[1], (T - 1) * x->nb[1]);

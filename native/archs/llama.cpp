@@ -52,7 +52,7 @@ static tensor llama_hidden(const net & n, const inputs & in) {
         tensor q = rope(n, ggml_reshape_4d(ctx, n.linear(b + "attn_q", h), D, H, T, B), in.positions);
         tensor k = rope(n, ggml_reshape_4d(ctx, n.linear(b + "attn_k", h), D, K, T, B), in.positions);
         tensor v = ggml_reshape_4d(ctx, n.linear(b + "attn_v", h), D, K, T, B);
-        x        = ggml_add(ctx, x, n.linear(b + "attn_output", n.attention(il, q, k, v, in.mask)));
+        x        = ggml_add(ctx, x, n.linear(b + "attn_output", n.attention(il, q, k, v, /*causal =*/true)));
         ggml_format_name(x, "blk.%d.attn_residual", il);
 
         h           = n.rms_norm(b + "ffn_norm", x);

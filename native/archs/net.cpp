@@ -50,27 +50,20 @@ tensor net::layer_norm(const std::string & name, tensor x) const {
     return ggml_add(ctx, x, get(name + ".bias"));
 }
 
-tensor net::attention(int il, tensor q, tensor k, tensor v, tensor mask) const {
+tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3], K = k->ne[1];
     if (cache) {
-        // append to the cache, then attend over all of it; values lie transposed there, as the product with kq wants them
+        // append to the cache, then attend over all of it
         const int64_t past = cache->n_past, S = past + T;
-        tensor        ck = cache->k[il], cv = cache->v[il];
-        k = ggml_reshape_2d(ctx, k, D * K, T);
-        v = ggml_reshape_2d(ctx, v, D * K, T);
-        ggml_build_forward_expand(gf, ggml_cpy(ctx, k, ggml_view_2d(ctx, ck, D * K, T, ck->nb[1], past * ck->nb[1])));
-        ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_transpose(ctx, v), ggml_view_2d(ctx, cv, T, D * K, cv->nb[1], past * cv->nb[0])));
-        k = ggml_view_3d(ctx, ck, D, K, S, D * sizeof(float), ck->nb[1], 0);
-        v = ggml_view_3d(ctx, cv, S, D, K, cv->nb[1], D * cv->nb[1], 0);
-    } else {
-        v = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));   // [T, D, K, B]
+        const auto    append = [&](tensor x, tensor all) {
+            tensor at = ggml_view_2d(ctx, all, D * K, T, all->nb[1], past * all->nb[1]);
+            ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_reshape_2d(ctx, x, D * K, T), at));
+            return ggml_view_4d(ctx, all, D, K, S, 1, D * sizeof(float), all->nb[1], S * all->nb[1], 0);
+        };
+        k = append(k, cache->k[il]);
+        v = append(v, cache->v[il]);
     }
-    q          = ggml_permute(ctx, q, 0, 2, 1, 3);   // [D, T, H, B]
-    k          = ggml_permute(ctx, k, 0, 2, 1, 3);   // [D, S, K, B]
-    tensor kq  = ggml_mul_mat(ctx, k, q);            // [S, T, H, B]
-    kq         = ggml_soft_max_ext(ctx, kq, mask, 1.0f / std::sqrt((float) D), 0.0f);
-    tensor out = ggml_mul_mat(ctx, v, kq);                             // [D, T, H, B]
-    out        = ggml_cont(ctx, ggml_permute(ctx, out, 0, 2, 1, 3));   // [D, H, T, B]
+    tensor out = ggml_attn(ctx, q, k, v, 1.0f / std::sqrt((float) D), causal);   // [D, H, T, B]
     return ggml_reshape_2d(ctx, out, D * H, T * B);
 }
 
@@ -78,7 +71,7 @@ std::string block_name(int il) {
     return "blk." + std::to_string(il) + ".";
 }
 
-tensor gelu_block(const net & n, int il, tensor x, int64_t T, tensor mask) {
+tensor gelu_block(const net & n, int il, tensor x, int64_t T, bool causal) {
     const int64_t     C = n.hp.n_embd, H = n.hp.n_head, D = n.hp.head_dim, B = x->ne[1] / T;
     ggml_context *    ctx = n.ctx;
     const std::string b   = block_name(il);
@@ -87,7 +80,7 @@ tensor gelu_block(const net & n, int il, tensor x, int64_t T, tensor mask) {
     tensor q = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 0 * C, C), D, H, T, B);
     tensor k = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 1 * C, C), D, H, T, B);
     tensor v = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 2 * C, C), D, H, T, B);
-    x        = ggml_add(ctx, x, n.linear(b + "attn_output", n.attention(il, q, k, v, mask)));
+    x        = ggml_add(ctx, x, n.linear(b + "attn_output", n.attention(il, q, k, v, causal)));
     ggml_format_name(x, "blk.%d.attn_residual", il);
 
     h = ggml_gelu(ctx, n.linear(b + "ffn_up", n.layer_norm(b + "ffn_norm", x)));   // [F, T*B]

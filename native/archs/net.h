@@ -12,7 +12,7 @@ namespace toy {
 
 // Keys and values of S slots a layer, as the decoder has seen them.
 struct kv_cache {
-    std::vector<ggml_tensor *> k, v;         // k [D*K, S], v [S, D*K], f32, one each a layer
+    std::vector<ggml_tensor *> k, v;         // [D*K, S], f32, one each a layer
     int                        n_past = 0;   // slots in use
     int                        n_ctx  = 0;   // slots there are
 };
@@ -29,7 +29,6 @@ struct lora_adapter {
 struct inputs {
     ggml_tensor * tokens    = nullptr;   // [T*B] i32
     ggml_tensor * positions = nullptr;   // [T] i32
-    ggml_tensor * mask      = nullptr;   // [S, T] f32: 0 or -inf; null: everything sees everything
     ggml_tensor * patches   = nullptr;   // [P, n_patches*B] f32
     bool          last_only = false;     // logits of the last token only
 };
@@ -50,8 +49,8 @@ struct net {
     // x [C, N]; `name`.weight, and `name`.bias for layer_norm
     ggml_tensor * rms_norm(const std::string & name, ggml_tensor * x) const;
     ggml_tensor * layer_norm(const std::string & name, ggml_tensor * x) const;
-    // q [D, H, T, B], k and v [D, K, T, B] -> [D*H, T*B]; grouped queries: each key head serves H/K of them
-    ggml_tensor * attention(int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask) const;
+    // q [D, H, T, B], k and v [D, K, T, B] -> [D*H, T*B]; grouped queries: each key head serves H/K of them. causal: no token sees a later one
+    ggml_tensor * attention(int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, bool causal) const;
 
   private:
     ggml_tensor * product(ggml_tensor * w, ggml_tensor * x) const;
@@ -59,8 +58,8 @@ struct net {
 
 std::string block_name(int il);   // "blk.3."
 
-// x [C, T*B] -> the same: a pre-norm block with biases and GELU, as in GPT-2 and in ViT. mask null: no causality
-ggml_tensor * gelu_block(const net & n, int il, ggml_tensor * x, int64_t T, ggml_tensor * mask);
+// x [C, T*B] -> the same: a pre-norm block with biases and GELU, as in GPT-2 and in ViT
+ggml_tensor * gelu_block(const net & n, int il, ggml_tensor * x, int64_t T, bool causal);
 void          declare_gelu_block(const hparams & hp, int il, float std, float std_residual, weights & w);
 // multiply-adds of one token in it
 double        gelu_block_products(const hparams & hp);

@@ -39,7 +39,7 @@ static tensor vit_hidden(const net & n, const inputs & in) {
     x = ggml_reshape_2d(ctx, x, C, T * B);
     ggml_set_name(x, "embeddings");
     for (int il = 0; il < hp.n_layer; il++) {
-        x = gelu_block(n, il, x, T, nullptr);
+        x = gelu_block(n, il, x, T, /*causal =*/false);
     }
     if (hp.pool_cls) {
         x = ggml_cont(ctx, ggml_view_2d(ctx, x, C, B, T * x->nb[1], 0));

@@ -28,7 +28,7 @@ decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads, const 
     ctx_cache          = ggml_init({ /*mem_size =*/2 * hp.n_layer * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
     for (int il = 0; il < hp.n_layer; il++) {
         cache.k.push_back(ggml_new_tensor_2d(ctx_cache, GGML_TYPE_F32, n_kv, cache.n_ctx));
-        cache.v.push_back(ggml_new_tensor_2d(ctx_cache, GGML_TYPE_F32, cache.n_ctx, n_kv));
+        cache.v.push_back(ggml_new_tensor_2d(ctx_cache, GGML_TYPE_F32, n_kv, cache.n_ctx));
     }
     buf_cache = ggml_backend_alloc_ctx_tensors(ctx_cache, be.handle);
     if (!buf_cache) {
@@ -47,16 +47,14 @@ decoder::~decoder() {
 }
 
 void decoder::eval_batch(const int32_t * tokens, int n) {
-    const int      S           = cache.n_past + n;
     ggml_context * ctx         = ggml_init({ graph_mem.size(), graph_mem.data(), /*no_alloc =*/true });
     ggml_cgraph *  gf          = ggml_new_graph_custom(ctx, 128 * (hp.n_layer + 2), false);
     ggml_tensor *  t_tokens    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
     ggml_tensor *  t_positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-    ggml_tensor *  t_mask      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, S, n);
-    for (ggml_tensor * t : { t_tokens, t_positions, t_mask }) {
+    for (ggml_tensor * t : { t_tokens, t_positions }) {
         ggml_set_input(t);
     }
-    const inputs  in  = { t_tokens, t_positions, t_mask, nullptr, /*last_only =*/true };
+    const inputs  in  = { t_tokens, t_positions, nullptr, /*last_only =*/true };
     const net     n_  = { ctx, model.lookup(), hp, lora ? &lora->adapter : nullptr, /*f32 =*/false, &cache, gf };
     ggml_tensor * out = family.forward(n_, in);
     ggml_set_output(out);
@@ -67,20 +65,13 @@ void decoder::eval_batch(const int32_t * tokens, int n) {
     }
 
     std::vector<int32_t> positions(n);
-    std::vector<float>   mask((size_t) S * n);
-    for (int i = 0; i < n; i++) {
-        positions[i] = cache.n_past + i;
-        for (int j = 0; j < S; j++) {
-            mask[(size_t) i * S + j] = j <= cache.n_past + i ? 0.0f : -INFINITY;
-        }
-    }
+    std::iota(positions.begin(), positions.end(), cache.n_past);
     ggml_backend_tensor_set(t_tokens, tokens, 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(t_positions, positions.data(), 0, n * sizeof(int32_t));
-    ggml_backend_tensor_set(t_mask, mask.data(), 0, mask.size() * sizeof(float));
     be.compute(gf);
     logits.resize(hp.n_vocab);
     ggml_backend_tensor_get(out, logits.data(), 0, logits.size() * sizeof(float));
-    cache.n_past = S;
+    cache.n_past += n;
     ggml_free(ctx);
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <thread>
 
 namespace toy {
@@ -36,12 +37,11 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     if (patches.empty()) {
         in.tokens    = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, (int64_t) T * B);
         in.positions = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, T);
-        in.mask      = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, T, T);
     } else {
         in.patches = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, hp.patch_dim(), (int64_t) hp.n_patches() * B);
     }
     in.last_only = last_only;
-    for (ggml_tensor * t : { in.tokens, in.positions, in.mask, in.patches }) {
+    for (ggml_tensor * t : { in.tokens, in.positions, in.patches }) {
         if (t) {
             ggml_set_input(t);
         }
@@ -59,16 +59,9 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     }
     if (patches.empty()) {
         std::vector<int32_t> positions(T);
-        std::vector<float>   mask((size_t) T * T);
-        for (int i = 0; i < T; i++) {
-            positions[i] = i;
-            for (int j = 0; j < T; j++) {
-                mask[(size_t) i * T + j] = j <= i ? 0.0f : -INFINITY;
-            }
-        }
+        std::iota(positions.begin(), positions.end(), 0);
         ggml_backend_tensor_set(in.tokens, tokens.data(), 0, tokens.size() * sizeof(int32_t));
         ggml_backend_tensor_set(in.positions, positions.data(), 0, positions.size() * sizeof(int32_t));
-        ggml_backend_tensor_set(in.mask, mask.data(), 0, mask.size() * sizeof(float));
     } else {
         ggml_backend_tensor_set(in.patches, patches.data(), 0, patches.size() * sizeof(float));
     }

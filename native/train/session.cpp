@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace toy {
 
@@ -50,7 +51,7 @@ void session::declare() {
     w.freeze(cfg.train.freeze);
 }
 
-// Inputs live outside the graph's buffer: positions and mask are written once and stay.
+// Inputs live outside the graph's buffer: positions are written once and stay.
 void session::build_inputs() {
     const int64_t B = cfg.train.micro_batch, T = cfg.model.context;
     ctx_inputs = ggml_init({ /*mem_size =*/8 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
@@ -59,7 +60,6 @@ void session::build_inputs() {
     } else {
         in.tokens    = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T * B);
         in.positions = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T);
-        in.mask      = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_F32, T, T);
     }
     labels     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, is_vision() ? B : T * B);
     seeds      = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_I32, 2, B);
@@ -71,15 +71,8 @@ void session::build_inputs() {
     }
     if (in.positions) {
         std::vector<int32_t> pos(T);
-        std::vector<float>   causal(T * T);
-        for (int64_t i = 0; i < T; i++) {
-            pos[i] = (int32_t) i;
-            for (int64_t j = 0; j < T; j++) {
-                causal[i * T + j] = j <= i ? 0.0f : -INFINITY;
-            }
-        }
+        std::iota(pos.begin(), pos.end(), 0);
         ggml_backend_tensor_set(in.positions, pos.data(), 0, ggml_nbytes(in.positions));
-        ggml_backend_tensor_set(in.mask, causal.data(), 0, ggml_nbytes(in.mask));
     }
 }
 

@@ -23,7 +23,7 @@ using inputs_lookup = std::function<std::string(const char *)>;
 struct memory_plan {
     size_t weights, gradients, moments;
     size_t compute;   // activations and temporaries: the allocated graph's buffer
-    size_t inputs;    // tokens, labels, positions, mask, optimizer scalars
+    size_t inputs;    // tokens, labels, positions, optimizer scalars
     size_t work;      // the kernels' scratch
     size_t base;      // the frozen base of an adapter, mapped
     size_t corpus;    // packed data, mapped: the system takes these pages back when memory is short
