@@ -3,8 +3,10 @@
 #include "error.h"
 #include "ggml-cpu.h"
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
+#include <cstdint>
 #include <cstdio>
 #include <thread>
 #ifdef __linux__
@@ -48,6 +50,20 @@ void backend::compute(ggml_cgraph * graph) {
 
 size_t backend::work_bytes(ggml_cgraph * graph) const {
     return ggml_graph_plan(graph, n_threads, pool).work_size;
+}
+
+void use_huge_pages(ggml_backend_buffer_t buffer) {
+#ifdef MADV_HUGEPAGE
+    const size_t worth_it = 16 << 20, page = (size_t) sysconf(_SC_PAGESIZE), size = ggml_backend_buffer_get_size(buffer);
+    if (size < worth_it || !ggml_backend_buffer_is_host(buffer)) {
+        return;
+    }
+    const uintptr_t base  = (uintptr_t) ggml_backend_buffer_get_base(buffer);
+    const uintptr_t begin = (base + page - 1) / page * page, end = (base + size) / page * page;
+    madvise((void *) begin, end - begin, MADV_HUGEPAGE);   // where the system refuses, all is as it was
+#else
+    (void) buffer;
+#endif
 }
 
 int usable_cores() {

@@ -26,6 +26,9 @@ struct backend {
     ggml_threadpool * pool = nullptr;
 };
 
+// Advice that a large buffer lie in large pages, before it is touched: passes over all weights miss the processor's table of pages less often.
+void use_huge_pages(ggml_backend_buffer_t buffer);
+
 int    usable_cores();     // those this process may run on
 size_t resident_bytes();   // now
 size_t peak_resident_bytes();

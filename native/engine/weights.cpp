@@ -1,5 +1,6 @@
 #include "weights.h"
 
+#include "backend.h"
 #include "error.h"
 #include "ggml-alloc.h"
 #include "gguf-file.h"
@@ -110,6 +111,7 @@ void weights::alloc(ggml_backend_t backend) {
                                (long long) n_params(i == 0)),
                         "lower model.n_layer, model.n_embd or model.vocab_size; `--dry-run` says what is needed");
         }
+        use_huge_pages(buf[i]);
     }
     join_gradients();
 }

@@ -138,6 +138,7 @@ void session::build_step() {
         throw error("oom", EXIT_FAILED, "cannot allocate the compute buffer of the step",
                     "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd; `--dry-run` says what is needed");
     }
+    use_huge_pages(loss->buffer);
 }
 
 static bool takes(const ggml_tensor * node, const ggml_tensor * t) {
