@@ -37,7 +37,7 @@ sanitize: $(VENV)/.test ## the native tests under the address, undefined-behavio
 	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
 	done
 
-bench: $(VENV)/.test ## toy against PyTorch, and the GEMM roof, in one run
+bench: $(VENV)/.test ## toy against PyTorch and llama.cpp, and the GEMM roof, in one run
 	$(BIN)/python tests/bench/bench.py
 
 gate: setup ## train each recipe and compare its losses with data/gates, byte for byte

@@ -1,0 +1,56 @@
+"""The roof: matrix products alone, by ggml with our patches (native/tests/bench-gemm.cpp) and by PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from torch_side import Worker, is_installed
+
+LAYOUTS = ("nt", "nn", "tn")
+
+Product = tuple[int, int, int]
+
+
+def build_bench_gemm() -> Path:
+    from toy.runners import ensure_built, find_root, wheel_tool
+
+    ensure_built(["toy-train", "toy-train-gpt2", "toy-train-lora", "toy-train-vit", "toy-infer"])
+    build, cmake = find_root().build / "native", wheel_tool("cmake") or "cmake"
+    for words in (["-B", str(build), "-DTOY_TESTS=ON"], ["--build", str(build), "--target", "bench-gemm"]):
+        subprocess.run([cmake, *words], cwd=find_root().source, check=True, stdout=subprocess.DEVNULL)
+    return next(path for path in build.rglob("bench-gemm") if os.access(path, os.X_OK) and path.is_file())
+
+
+class Roof:
+    """Measures products on both sides for a fraction of a second each; remembers the best of each data type."""
+
+    def __init__(self, program: Path, threads: int, seconds: float) -> None:
+        self.program, self.threads, self.seconds = program, threads, seconds
+        self.workers: dict[str, Worker] = {}
+        self.no_torch = not is_installed()
+
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self.workers.values()]
+
+    def ready(self, dtype: str) -> None:
+        """Start what a measurement will need, so that no turn pays for it."""
+        if dtype not in self.workers and not self.no_torch:
+            self.workers[dtype] = Worker("torch_worker.py", "gemm", dtype, str(self.threads), str(self.seconds))
+            self.workers[dtype].ask("64 64 64")
+
+    def toy(self, product: Product, dtype: str) -> dict[str, float]:
+        """layout -> GFLOP/s."""
+        argv = [str(self.program), "-t", str(self.threads), "-s", str(self.seconds), "-q", dtype, *map(str, product)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+        return {row["layout"]: row["gflops"] for row in map(json.loads, done)}
+
+    def torch(self, product: Product, dtype: str) -> dict[str, float]:
+        worker = self.workers.get(dtype)
+        return (worker.ask(" ".join(map(str, product))) or {}) if worker else {}
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()

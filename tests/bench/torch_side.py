@@ -1,0 +1,73 @@
+"""PyTorch's side as bench.py holds it: processes that wait while the other side is measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from shapes import Shape
+
+HERE = Path(__file__).resolve().parent
+
+
+def is_installed(name: str = "torch") -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+class Worker:
+    """A script of this folder: a line in, a line of JSON out."""
+
+    def __init__(self, script: str, *words: str) -> None:
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / script), *words],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+        )  # fmt: skip
+
+    def ask(self, line: str) -> dict[str, Any] | None:
+        """None: it has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            return None
+        return answer
+
+    def said(self) -> str:
+        """The last line of what it wrote for people."""
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it ended"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+
+class TorchRun(Worker):
+    """A training, eager or compiled. `version` is "" when it does not run here (no compiler, no peft, …)."""
+
+    def __init__(self, shape: Shape, mode: str, dtype: str, threads: int) -> None:
+        super().__init__("torch_worker.py", "train", json.dumps(shape.values()), mode, dtype, str(threads))
+        self.shape, self.mode = shape, mode
+        answer = self.ask("2")  # it compiles here
+        self.version: str = answer["version"] if answer else ""
+        self.peak_rss_bytes = 0
+
+    def turn(self) -> float:
+        """Seconds a step: the median of a round."""
+        answer = self.ask(str(self.shape.warm + self.shape.measured))
+        if answer is None:
+            raise SystemExit(f"PyTorch ({self.mode}, {self.shape.name}) ended in the middle of its run: {self.said()}")
+        self.peak_rss_bytes = answer["peak_rss_bytes"]
+        return statistics.median(answer["seconds"][self.shape.warm :])
