@@ -88,6 +88,7 @@ void config::each(F && f) {
     f("checkpoint.keep_every", checkpoint.keep_every, FREE);
     f("log.every", log.every, FREE);
     f("log.trackers", log.trackers, FREE);
+    f("log.profile", log.profile, FREE);
 }
 
 static const char * HINT = "config.kv is written by `toy train`; build the runners again with `toy install`";

@@ -57,6 +57,7 @@ struct config {
     struct {
         int         every;
         std::string trackers;
+        int         profile;
     } log;
 
     static config parse(const std::string & text);   // throws toy::error (bad_config)

@@ -1,6 +1,7 @@
 #include "corpus.h"
 
 #include "error.h"
+#include "events.h"
 #include "rng.h"
 
 #include <fcntl.h>
@@ -141,6 +142,7 @@ void data_reader::begin_epoch() {
 }
 
 void data_reader::next(int n_seq, batch & out) {
+    const double begun = monotonic_time();
     data.clear(n_seq, out);
     for (int s = 0; s < n_seq; s++) {
         if (at.index == order.size()) {
@@ -153,6 +155,7 @@ void data_reader::next(int n_seq, batch & out) {
         out.seeds[2 * s]     = (int32_t) (bits >> 33);   // 31 bits: not negative
         out.seeds[2 * s + 1] = (int32_t) (uint32_t) bits;
     }
+    seconds += monotonic_time() - begun;
 }
 
 void data_reader::seek(const state & to) {

@@ -95,6 +95,7 @@ struct data_reader {
     const dataset & data;
     uint64_t        seed;
     bool            shuffle;
+    double          seconds = 0;   // spent in next()
 
     data_reader(const dataset & data, uint64_t seed, bool shuffle);   // the set must not be empty
 

@@ -6,6 +6,7 @@
 #include "engine/events.h"
 #include "engine/files.h"
 #include "engine/process.h"
+#include "profile.h"
 #include "session.h"
 
 #include <algorithm>
@@ -192,17 +193,20 @@ static void train(const run_env & env, session & s, events_writer & events, run_
     const auto eval_due        = [&]() { return is_due(cfg.eval.every, s.steps_done) || s.steps_done >= cfg.train.steps; };
     const auto out_of_time     = [&]() { return cfg.run.stop_after > 0 && monotonic_time() - sum.started >= cfg.run.stop_after; };
 
-    double        busy  = 0;   // seconds inside steps: evaluations and saves do not count as training speed
-    int64_t       seen  = 0;   // tokens
+    profiler      profile(cfg, s.be, *s.reader);   // of the first steps, if log.profile asks for it
+    double        busy  = 0;                       // seconds inside steps: evaluations and saves do not count as training speed
+    int64_t       seen  = 0;                       // tokens
     const int64_t first = s.steps_done;
     if (first > 0 && eval_due() && sum.state.last_eval_step < first) {
         evaluate();   // the checkpoint was written before the evaluation of its step
     }
     bool early_stop = first > 0 && out_of_patience(), timed_out = false;
     while (s.steps_done < cfg.train.steps && !early_stop && !stop_requested() && !timed_out) {
+        profile.begin_step(cfg.train.steps - s.steps_done);
         const double      t0 = monotonic_time();
         const step_result r  = s.step();
         const double      dt = monotonic_time() - t0;
+        profile.end_step(dt);
         busy += dt;
         seen += r.n_tokens;
 
@@ -252,6 +256,11 @@ static void train(const run_env & env, session & s, events_writer & events, run_
     sum.step = s.steps_done;
     if (stop_requested() && !saved.has(s.steps_done)) {
         save_checkpoint();   // stopped before the first step
+    }
+    if (profile.has_result()) {
+        json_object event = events.begin("profile");
+        profile.write(event);
+        events.write(event);
     }
     saved.prune(cfg, sum.state.best_step);
     sum.gguf   = write_gguf(env, s);

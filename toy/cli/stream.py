@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from toy import config, corpora, recipes
+from toy.cli import profile
 from toy.cli.common import bytes_text, count_text, duration_text, emit, quote, say
 from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, KINDS, ToyError, one_line, shown
 from toy.runs import Claim, curve, events, point_latest
@@ -39,6 +40,7 @@ class Training:
         self.curve = curve.Curve(self.run)
         self.start: dict[str, Any] = {}
         self.end: dict[str, Any] | None = None
+        self.profile: dict[str, Any] | None = None
         self.best: tuple[int, float] | None = None
         self.accuracy: float | None = None  # vit: of the last validation
         self.error: ToyError | None = None
@@ -90,6 +92,8 @@ class Training:
                 self.start = event
             elif kind == "run_end":
                 self.end = event
+            elif kind == "profile":
+                self.profile = event
             elif kind == "eval" and isinstance(event.get("val_loss"), (int, float)):
                 self.best = min(
                     self.best or (0, math.inf), (event["step"], event["val_loss"]), key=lambda best: best[1]
@@ -217,6 +221,7 @@ class Training:
             "gguf": str(gguf) if gguf.is_file() else None,
             "base": self.cfg.lora.base or None,
             "seconds": end.get("seconds"),
+            "profile": profile.document(self.profile) if self.profile else None,
             "sample": None,
             "error": None,
         }
@@ -297,6 +302,8 @@ class Training:
             lines.append(f"run it: {self.infer_command(prompt)}")
         out = sys.stdout if sys.stdout.isatty() else sys.stderr
         click.echo("\n".join(lines), file=out)
+        if self.profile:
+            click.echo("\n".join(["", *profile.table(self.profile)]), err=True)
 
     def infer_command(self, prompt: str) -> str:
         """A lora run brings its base, so that every run is named alike."""

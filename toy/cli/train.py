@@ -39,6 +39,9 @@ KNOB_FLAGS = {
     "--name": "run.name",
 }
 
+#: Steps that --profile (log.profile) looks at.
+PROFILED = 20
+
 
 def knob_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for flag, key in reversed(KNOB_FLAGS.items()):
@@ -60,6 +63,7 @@ def knob_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any knob: --set train.batch=8.")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the run, instead of runs/<run_id>.")
 @click.option("--dry-run", is_flag=True, help="Say what it would need and write; write nothing.")
+@click.option("--profile", is_flag=True, help=f"Say what the time of {PROFILED} steps goes to, by operation.")
 @click.option("--no-sample", is_flag=True, help="No sample of text at the end.")
 @json_option
 def command(
@@ -69,6 +73,7 @@ def command(
     sets: tuple[str, ...],
     out: Path | None,
     dry_run: bool,
+    profile: bool,
     no_sample: bool,
     as_json: bool,
     **flags: Any,
@@ -85,6 +90,8 @@ def command(
 
     `toy config show --doc` lists every knob. Ctrl-C saves a checkpoint and stops.
     """
+    if profile:
+        sets = (f"log.profile={PROFILED}", *sets)
     job = prepare_job(recipe_word, flags, config_file, preset, sets, out)
     if dry_run:
         from toy.cli.plan import show_plan

@@ -286,6 +286,7 @@ class Log(Section):
 
     every: int = knob(1, "Steps between step events in events.jsonl.", min=1, max=1_000_000_000, unit="steps")
     trackers: str = knob("", "Trackers to send events to (none yet).")
+    profile: int = knob(0, "Steps whose time is told by operation; 0: none.", min=0, max=10_000, unit="steps")
 
 
 class Config(Section):

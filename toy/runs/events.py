@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = "toy/v1"
-KINDS = ("run_start", "step", "eval", "checkpoint", "run_end", "quality_gate")
+KINDS = ("run_start", "step", "eval", "checkpoint", "profile", "run_end", "quality_gate")
 
 
 def parse(line: str | bytes) -> dict[str, Any] | None:
