@@ -7,13 +7,11 @@
 #include <cstring>
 #include <map>
 #include <tuple>
-#include <vector>
 
 namespace toy {
 
-static const int     N_WARM    = 2;      // steps: buffers are touched for the first time, caches fill
-static const int64_t ROOF_SIZE = 1024;   // of the three sides of the products that are the roof
-static const double  ROOF_TIME = 0.3;    // seconds of each measurement of it
+static const int    N_WARM    = 2;     // steps: buffers are touched for the first time, caches fill
+static const double ROOF_TIME = 0.3;   // seconds of each measurement of it
 
 profiler::profiler(const config & cfg, backend & be, const data_reader & reader) : be(be), reader(reader), n_wanted(cfg.log.profile) {}
 
@@ -22,13 +20,13 @@ profiler::~profiler() {
 }
 
 void profiler::begin_step(int64_t steps_left) {
-    if (n_steps >= n_wanted) {
+    if ((int) steps.size() >= n_wanted) {
         return;
     }
     if (n_warm < 0) {
         n_warm = (int) std::min<int64_t>(N_WARM, steps_left - 1);
     }
-    if (n_warm == 0 && n_steps == 0) {
+    if (n_warm == 0 && steps.empty()) {
         nodes.clear();
         roofs[0] = measure_roof();
     }
@@ -37,7 +35,7 @@ void profiler::begin_step(int64_t steps_left) {
 }
 
 void profiler::end_step(double seconds) {
-    if (n_steps >= n_wanted) {
+    if ((int) steps.size() >= n_wanted) {
         return;
     }
     ggml_cpu_set_node_callback(nullptr, nullptr);   // validations are no part of a step
@@ -45,9 +43,7 @@ void profiler::end_step(double seconds) {
         n_warm--;
         return;
     }
-    step_seconds += seconds;
-    data_seconds += reader.seconds - reader_before;
-    n_steps++;
+    steps.push_back({ seconds, reader.seconds - reader_before });
 }
 
 // what a tensor is a view, a copy or a transpose of
@@ -73,7 +69,8 @@ void profiler::on_node(const ggml_tensor * node, void * data) {
     const double now  = monotonic_time();
     if (node) {
         node_time & at = self.nodes[node];
-        at.seconds += now - self.last;
+        at.seconds.resize(self.steps.size() + 1);
+        at.seconds.back() += now - self.last;
         at.calls++;
         if (self.precision < 0 && is_product(node) && is_weight(node->src[0])) {
             self.precision = ggml_get_op_params_i32(node, 0);
@@ -87,7 +84,8 @@ double profiler::measure_roof() {
     if (precision < 0) {
         return 0;
     }
-    const int64_t  n    = ROOF_SIZE;
+    const int64_t n = be.n_threads <= 8 ? 512 : 2048;   // large for so many threads, and soon over: a busy machine lets one through whole
+
     ggml_context * ctx  = ggml_init({ /*mem_size =*/4 * n * n * sizeof(float) + 64 * ggml_tensor_overhead() + 2 * ggml_graph_overhead(), nullptr,
                                       /*no_alloc =*/false });
     ggml_tensor *  a    = ggml_set_f32(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n), 0.5f);
@@ -191,26 +189,48 @@ void profiler::write(json_object & event) {
     roofs[1]          = measure_roof();
     const double roof = std::max(roofs[0], roofs[1]);
 
+    const auto median = [&](auto && seconds_of) {
+        std::vector<double> all(steps.size());
+        for (size_t i = 0; i < all.size(); i++) {
+            all[i] = seconds_of(i);
+        }
+        std::sort(all.begin(), all.end());
+        return all[all.size() / 2];
+    };
+
     struct sums {
-        double  seconds = 0, flops = 0;
-        int64_t calls = 0;
+        double seconds = 0, flops = 0, calls = 0;
     };
     std::map<row_key, sums> rows;
-    double                  inside = 0;
+    std::vector<double>     inside(steps.size());   // operations and data, of each step
     for (const auto & [node, time] : nodes) {
-        sums & at = rows[key_of(node)];
-        at.seconds += time.seconds;
-        at.flops += flops_of(node) * (double) time.calls;
-        at.calls += time.calls;
-        inside += time.seconds;
+        const std::vector<double> & seconds = time.seconds;
+        sums &                      at      = rows[key_of(node)];
+        const double                calls   = (double) time.calls / (double) steps.size();
+        const auto                  of      = [&](size_t i) { return i < seconds.size() ? seconds[i] : 0.0; };
+        at.seconds += median(of);
+        for (size_t i = 0; i < inside.size(); i++) {
+            inside[i] += of(i);
+        }
+        at.flops += flops_of(node) * calls;
+        at.calls += calls;
     }
 
-    const auto  add  = [&](json_object & row, double seconds) { row.num("ms", 1e3 * seconds / n_steps).num("share", seconds / step_seconds); };
+    const double data  = median([&](size_t i) { return steps[i].data; });
+    const double host  = median([&](size_t i) { return steps[i].total - steps[i].data - inside[i]; });
+    double       total = data + host;
+    for (const auto & [key, sum] : rows) {
+        total += sum.seconds;
+    }
+
     std::string list = "[";
+    const auto  add  = [&](json_object & row, double seconds) {
+        row.num("ms", 1e3 * seconds).num("share", seconds / total);
+        list += (list.size() > 1 ? "," : "") + row.done();
+    };
     for (const auto & [key, sum] : rows) {
         json_object row;
-        row.str("group", key.group).str("op", key.op).num("calls", (double) sum.calls / n_steps);
-        add(row, sum.seconds);
+        row.str("group", key.group).str("op", key.op).num("calls", sum.calls);
         if (key.batch) {
             row.str("type", key.type).num("m", key.m).num("k", key.k).num("n", key.n).num("batch", key.batch);
         }
@@ -218,19 +238,18 @@ void profiler::write(json_object & event) {
             const double gflops = 1e-9 * sum.flops / sum.seconds;
             row.num("gflops", gflops).num("roof_share", gflops / roof);
         }
-        list += (list.size() > 1 ? "," : "") + row.done();
+        add(row, sum.seconds);
     }
-    for (const auto & [name, seconds] : { std::make_pair("data", data_seconds), std::make_pair("host", step_seconds - inside - data_seconds) }) {
+    for (const auto & [name, seconds] : { std::make_pair("data", data), std::make_pair("host", host) }) {
         json_object row;
-        row.str("group", name).str("op", name).num("calls", 1);
-        add(row, seconds);
-        list += "," + row.done();
+        add(row.str("group", name).str("op", name).num("calls", 1), seconds);
     }
     const bool is_bf16 = precision != GGML_PREC_DEFAULT && precision != GGML_PREC_F32;
-    event.num("steps", n_steps)
+    event.num("steps", steps.size())
         .num("threads", be.n_threads)
         .str("precision", is_bf16 ? "bf16" : "f32")
-        .num("ms_per_step", 1e3 * step_seconds / n_steps)
+        .num("ms_per_step", 1e3 * total)   // the sum of all rows
+        .num("median_ms", 1e3 * median([&](size_t i) { return steps[i].total; }))
         .num("roof_gflops", roof)
         .raw("roof_before_after", "[" + shortest(roofs[0]) + "," + shortest(roofs[1]) + "]")
         .raw("rows", list + "]");

@@ -7,11 +7,12 @@
 #include "engine/events.h"
 
 #include <unordered_map>
+#include <vector>
 
 namespace toy {
 
 // Does nothing, and costs nothing, unless log.profile says for how many steps. The first steps warm up and do not count; a run that is too short
-// for that is profiled from its first step.
+// for that is profiled from its first step. Times are medians over the steps, operation by operation: what another program did to one is no finding.
 struct profiler {
     profiler(const config & cfg, backend & be, const data_reader & reader);
     ~profiler();
@@ -20,23 +21,27 @@ struct profiler {
 
     void begin_step(int64_t steps_left);   // this one included
     void end_step(double seconds);
-    bool has_result() const { return n_steps > 0; }
+    bool has_result() const { return !steps.empty(); }
     void write(json_object & event);   // measures the roof once more
 
   private:
+    struct step_time {
+        double total, data;   // seconds
+    };
     struct node_time {
-        double  seconds = 0;
-        int64_t calls   = 0;
+        std::vector<double> seconds;   // of each step
+        int64_t             calls = 0;
     };
 
-    backend &           be;
-    const data_reader & reader;
-    const int           n_wanted;
-    int                 n_warm = -1, n_steps = 0;
-    double              step_seconds = 0, data_seconds = 0, reader_before = 0;
-    double              last      = 0;          // when the node before this one was done
-    int                 precision = -1;         // of the run's own products: enum ggml_prec
-    double              roofs[2]  = { 0, 0 };   // GFLOP/s before and after
+    backend &              be;
+    const data_reader &    reader;
+    const int              n_wanted;
+    int                    n_warm = -1;
+    std::vector<step_time> steps;
+    double                 reader_before = 0;
+    double                 last          = 0;          // when the node before this one was done
+    int                    precision     = -1;         // of the run's own products: enum ggml_prec
+    double                 roofs[2]      = { 0, 0 };   // GFLOP/s before and after
 
     std::unordered_map<const ggml_tensor *, node_time> nodes;
 

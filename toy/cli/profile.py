@@ -8,18 +8,13 @@ from typing import Any
 SMALL = 0.004
 
 
-def document(event: dict[str, Any]) -> dict[str, Any]:
-    """The event without what every event has."""
-    return {key: value for key, value in event.items() if key not in ("schema", "kind", "time")}
-
-
-def table(event: dict[str, Any]) -> list[str]:
+def table(found: dict[str, Any]) -> list[str]:
     """Lines for a terminal: groups, the slowest first, and under each its operations."""
-    rows: list[dict[str, Any]] = event["rows"]
+    rows: list[dict[str, Any]] = found["rows"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
-    roof, digits = event["roof_gflops"], 3 if event["ms_per_step"] < 100 else 1
+    roof, digits = found["roof_gflops"], 3 if found["ms_per_step"] < 100 else 1
     cells: list[tuple[str, ...]] = [("", "calls", "ms", "%", "GFLOP/s", "of the roof")]
     for name, members in sorted(groups.items(), key=lambda item: -sum(row["ms"] for row in item[1])):
         together = sum_of(members, roof)
@@ -39,11 +34,13 @@ def table(event: dict[str, Any]) -> list[str]:
     for name, *columns in cells:
         right = [text.rjust(width) for text, width in zip(columns, wide[1:], strict=True)]
         lines.append("  ".join([name.ljust(wide[0]), *right]))
-    steps, threads = (count(event[key], key) for key in ("steps", "threads"))
-    head = f"profile of {steps}: {event['ms_per_step']:,.{digits}f} ms a step, {threads}"
+    steps, threads = (count(found[key], key) for key in ("steps", "threads"))
+    head = [f"profile of {steps}: {found['ms_per_step']:,.{digits}f} ms a step, {threads}"]
     if roof:
-        head += f"; the roof: {roof:,.0f} GFLOP/s in {event['precision']}"
-    return [head, *(line.rstrip() for line in lines)]
+        head.append(f"the roof of products in {found['precision']}: {roof:,.0f} GFLOP/s")
+    if found["median_ms"] > 1.2 * found["ms_per_step"]:
+        head.append(f"with what other programs took, {found['median_ms']:,.{digits}f} ms a step")
+    return [*head, *(line.rstrip() for line in lines)]
 
 
 def sum_of(rows: list[dict[str, Any]], roof: float | None) -> dict[str, Any]:

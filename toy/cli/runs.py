@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from toy.cli import profile
 from toy.cli.common import bytes_text, count_text, duration_text, emit, json_option, say
 from toy.errors import ToyError, shown
 
@@ -136,6 +137,7 @@ def show(run: str, as_json: bool) -> None:
         "datasets": history.datasets(path),
         "losses": {"first": loss_of(lines, 0), "last": loss_of(lines, -1), "steps": len(lines)},
         "evaluations": history.evaluations(path),
+        "profile": history.profile(path),
         "checkpoints": history.checkpoints(path),
         "files": [{"path": name, "size": size} for name, size in everything],
         "size": sum(size for _, size in everything),
@@ -206,6 +208,8 @@ def show_text(path: Path, run: dict[str, Any]) -> None:
     if len(evaluations) > 12:
         evaluations = [*evaluations[:3], ("…", f"{len(evaluations) - 9} more"), *evaluations[-6:]]
     rows("evaluations", evaluations)
+    if run["profile"]:
+        click.echo("\n".join(profile.table(run["profile"])))
     rows("checkpoints", [
         (f"step {one['step']}", f"{bytes_text(one['size'])}  {' '.join(one['marks'])}") for one in run["checkpoints"]
     ])  # fmt: skip

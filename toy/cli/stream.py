@@ -17,7 +17,7 @@ from toy import config, corpora, recipes
 from toy.cli import profile
 from toy.cli.common import bytes_text, count_text, duration_text, emit, quote, say
 from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, KINDS, ToyError, one_line, shown
-from toy.runs import Claim, curve, events, point_latest
+from toy.runs import Claim, curve, events, history, point_latest
 
 if TYPE_CHECKING:
     from toy.cli.train import Job
@@ -93,7 +93,7 @@ class Training:
             elif kind == "run_end":
                 self.end = event
             elif kind == "profile":
-                self.profile = event
+                self.profile = history.profile(self.run)
             elif kind == "eval" and isinstance(event.get("val_loss"), (int, float)):
                 self.best = min(
                     self.best or (0, math.inf), (event["step"], event["val_loss"]), key=lambda best: best[1]
@@ -221,7 +221,7 @@ class Training:
             "gguf": str(gguf) if gguf.is_file() else None,
             "base": self.cfg.lora.base or None,
             "seconds": end.get("seconds"),
-            "profile": profile.document(self.profile) if self.profile else None,
+            "profile": self.profile,
             "sample": None,
             "error": None,
         }

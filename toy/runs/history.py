@@ -98,6 +98,12 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+def profile(run: Path) -> dict[str, Any] | None:
+    """What `toy train --profile` found; None where it was not asked for."""
+    found = [event for event in events.read(run) if event["kind"] == "profile"]
+    return {key: value for key, value in found[-1].items() if key not in ("schema", "kind", "time")} if found else None
+
+
 def resumed_from(run: Path) -> Path | None:
     """The checkpoint that the run went on from; None for a run that began at the beginning."""
     stated = knobs(run).get("checkpoint.resume")
