@@ -77,6 +77,9 @@ gguf_file::gguf_file(const std::string & path) : path(path) {
                         HINT_BAD);
         }
     }
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        tensors.emplace(t->name, t);
+    }
 }
 
 gguf_file::~gguf_file() {
@@ -146,7 +149,8 @@ size_t gguf_file::tensor_offset(const std::string & name) const {
 }
 
 ggml_tensor * gguf_file::tensor(const std::string & name) const {
-    return ggml_get_tensor(ctx, name.c_str());
+    const auto it = tensors.find(name);
+    return it == tensors.end() ? nullptr : it->second;
 }
 
 gguf_writer::gguf_writer() : gguf(gguf_init_empty()) {

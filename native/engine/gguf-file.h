@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace toy {
@@ -32,6 +33,9 @@ struct gguf_file {
     int64_t       need_int(const std::string & key) const;         // throws bad_file when absent
     size_t        tensor_offset(const std::string & name) const;   // from the start of the file
     ggml_tensor * tensor(const std::string & name) const;          // nullptr when absent
+
+  private:
+    std::unordered_map<std::string, ggml_tensor *> tensors;   // a graph asks for each of hundreds, at each token
 };
 
 // Where a tensor's bytes come from when a file is written: called once, it hands them to `put` in order, in as many pieces as it likes.

@@ -1,6 +1,7 @@
 // Matrix products: forward against a plain reference in double precision, backward against central finite differences, and the
 // same bytes with 1, 2, 3 and 7 threads.
 
+#include "ggml-cpu/gemm-q8.h"
 #include "ops.h"
 
 static std::vector<double> mul_mat_reference(const ggml_tensor * a, const ggml_tensor * b, bool out_prod) {
@@ -328,6 +329,84 @@ static void test_bf16() {
     }
 }
 
+// --- weights in blocks of 32, in integers ---------------------------------------------------------------------------
+
+// what ggml's vec_dot makes of each row of a with each of b, rounded as it wants them
+static std::vector<double> vec_dot_reference(const ggml_tensor * a, const ggml_tensor * b) {
+    const ggml_type_traits_cpu * traits  = ggml_get_type_traits_cpu(a->type);
+    const ggml_type_traits_cpu * rounded = ggml_get_type_traits_cpu(traits->vec_dot_type);
+    std::vector<uint8_t>         row(ggml_row_size(traits->vec_dot_type, b->ne[0]));
+    std::vector<double>          c;
+    for (int64_t r = 0; r < ggml_nrows(b); ++r) {
+        const int64_t i1 = r % b->ne[1], i2 = r / b->ne[1] % b->ne[2], i3 = r / b->ne[1] / b->ne[2];
+        rounded->from_float((const float *) ((const char *) b->data + i1 * b->nb[1] + i2 * b->nb[2] + i3 * b->nb[3]), row.data(), b->ne[0]);
+        const char * mat = (const char *) a->data + i2 / (b->ne[2] / a->ne[2]) * a->nb[2] + i3 / (b->ne[3] / a->ne[3]) * a->nb[3];
+        for (int64_t i0 = 0; i0 < a->ne[1]; ++i0) {
+            float x;
+            traits->vec_dot((int) a->ne[0], &x, 0, mat + i0 * a->nb[1], 0, row.data(), 0, 1);
+            c.push_back(x);
+        }
+    }
+    return c;
+}
+
+// the order of sums may differ: by rounding of their terms, whatever is left of them
+static void compare_sums(const std::vector<float> & got, const std::vector<double> & want, int64_t k, const std::string & name) {
+    double error = 0.0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        error = std::max(error, std::isfinite(got[i]) ? std::fabs(got[i] - want[i]) : INFINITY);
+    }
+    error /= std::sqrt((double) k);
+    check(got.size() == want.size() && error <= 1e-6, name, error, 1e-6);
+}
+
+static void test_blocks_of_32() {
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL }) {
+        const std::string name = std::string("mul_mat in integers ") + ggml_type_name(type);
+        bool              ours = false;
+        for (int64_t n : { 1, 16, 33, 100 }) {
+            for (int64_t m : { 1, 2, 3, 4, 7, 31 }) {
+                for (int64_t k : { 32, 608 }) {
+                    context           ctx;
+                    const std::string size = name + " n=" + std::to_string(n) + " m=" + std::to_string(m) + " k=" + std::to_string(k);
+                    ggml_tensor *     a    = new_of(ctx, type, { k, n });
+                    ggml_tensor *     b    = new_f32(ctx, { k, m });
+                    ggml_tensor *     c    = ggml_mul_mat(ctx, a, b);
+                    ours                   = ggml_gemm_q8_supported(c);
+                    compare_sums(run(ctx, c, size), vec_dot_reference(a, b), k, size);
+                }
+            }
+        }
+        {   // rows with gaps, in both
+            context       ctx;
+            ggml_tensor * all  = new_of(ctx, type, { 320, 70 });
+            ggml_tensor * a    = ggml_view_2d(ctx, all, 256, 35, 2 * all->nb[1], ggml_row_size(type, 64));
+            ggml_tensor * rows = new_f32(ctx, { 300, 9 });
+            ggml_tensor * b    = ggml_view_2d(ctx, rows, 256, 9, rows->nb[1], 5 * sizeof(float));
+            compare_sums(run(ctx, ggml_mul_mat(ctx, a, b), name + " view"), vec_dot_reference(a, b), 256, name + " view");
+            b = ggml_view_2d(ctx, rows, 256, 2, rows->nb[1], 7 * sizeof(float));
+            compare_sums(run(ctx, ggml_mul_mat(ctx, a, b), name + " few, view"), vec_dot_reference(a, b), 256, name + " few, view");
+        }
+        for (int64_t m : { 2, 5 }) {   // dims 2 and 3 broadcast
+            context       ctx;
+            ggml_tensor * a = new_of(ctx, type, { 64, 21, 3, 2 });
+            ggml_tensor * b = new_f32(ctx, { 64, m, 9, 4 });
+            compare_sums(run(ctx, ggml_mul_mat(ctx, a, b), name + " broadcast"), vec_dot_reference(a, b), 64, name + " broadcast");
+        }
+        if (ours) {   // one row of src1 alone has its bytes among many: a token decoded is the token of a prompt
+            context                  ctx;
+            ggml_tensor *            a   = new_of(ctx, type, { 1536, 77 });
+            ggml_tensor *            b   = new_f32(ctx, { 1536, 50 });
+            const std::vector<float> all = run(ctx, ggml_mul_mat(ctx, a, b), name);
+            for (int64_t m : { 1, 2, 3, 5 }) {
+                ggml_tensor *            part = ggml_view_2d(ctx, b, 1536, m, b->nb[1], 37 * b->nb[1]);
+                const std::vector<float> few  = run(ctx, ggml_mul_mat(ctx, a, part), name);
+                check(memcmp(all.data() + 37 * 77, few.data(), few.size() * sizeof(float)) == 0, name + ": some rows have the bytes of all rows");
+            }
+        }
+    }
+}
+
 static void test_attention() {
     check_gradients(
         "grouped-query attention, 9 heads on 3, batch 2",
@@ -457,6 +536,7 @@ int main() {
     test_mul_mat();
     test_types();
     test_bf16();
+    test_blocks_of_32();
     test_attention();
     test_accumulators();
     return summary("test-products");
