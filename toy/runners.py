@@ -399,6 +399,7 @@ TAIL = 20  # lines of stderr that are kept for people
 def environment(keys: Mapping[str, object], device: str = "cpu") -> dict[str, str]:
     """A runner's environment, built from nothing: the allow-list, then `keys`."""
     env = {name: os.environ[name] for name in PASSED if name in os.environ}
+    env["GGML_NO_BACKTRACE"] = "1"  # an abort of ggml's starts a debugger, which prints where step lines go
     env.update({key: str(value) for key, value in keys.items()})
     if device == "metal":
         env["GGML_METAL_NO_RESIDENCY"] = "1"

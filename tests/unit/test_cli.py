@@ -110,6 +110,15 @@ BAD = [
     (["train", "--set", "run_id_template={foo}"], "bad_config", "{arch}"),
     (["train", "--set", "model.n_embd=100", "--set", "model.n_head=3"], "bad_config", "model.n_head"),
     (["train", "--out", "file/below"], "bad_flag", "--out"),
+    (["train", "--threads", "513"], "bad_config", "run.threads"),
+    (["infer", "x", "--threads", "513"], "bad_flag", "toy infer --help"),
+    (["infer", "x", "--n", "9" * 20], "bad_flag", "toy infer --help"),
+    (["infer", "x", "--context", "9" * 20], "bad_flag", "toy infer --help"),
+    (["infer", "x", "--temperature", "nan"], "bad_flag", "toy infer --help"),
+    (["infer", "x", "--temperature", "inf"], "bad_flag", "toy infer --help"),
+    (["infer", "x", "--top-p", "nan"], "bad_flag", "toy infer --help"),
+    (["eval", "x", "--threads", "513"], "bad_flag", "toy eval --help"),
+    (["eval", "x", "--context", "9" * 12], "bad_flag", "toy eval --help"),
     (["gate"], "bad_flag", "toy gate check"),
     (["gate", "chekc", "a", "b"], "bad_flag", "did you mean `toy gate check`?"),
     (["gate", "check", "nothing", "file"], "bad_file", "step N: loss=V"),
@@ -243,3 +252,24 @@ def test_doctor_runs_and_names_the_devices(cold_toy: Toy) -> None:
     found = {row["what"]: row for row in document["findings"]}
     assert found["device cpu"]["ok"]
     assert {"C++ compiler", "threads", "memory", "cmake", "ninja", "device cuda", "device metal"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        (99, "loss 2.5 val 2.6 lr 1.00e-03 900 tok/s 1 min 02 s left"),
+        (42, "loss 2.5 val 2.6 900 tok/s 1 min 02 s left"),
+        (41, "loss 2.5 val 2.6 1 min 02 s left"),
+        (31, "loss 2.5 1 min 02 s left"),
+        (23, "loss 2.5 val 2.6"),
+        (3, "loss 2.5"),
+    ],
+)
+def test_a_narrow_terminal_shows_fewer_numbers(room: int, line: str) -> None:
+    from toy.cli.stream import fitting
+
+    numbers = {
+        "loss": "loss 2.5", "val": "val 2.6", "lr": "lr 1.00e-03", "speed": "900 tok/s", "left": "1 min 02 s left",
+    }  # fmt: skip
+    assert fitting(numbers, room) == line
+    assert fitting(numbers | {"left": "", "val": ""}, 20) == "loss 2.5 900 tok/s"

@@ -98,6 +98,7 @@ def test_lines_come_whole_and_the_environment_is_built_from_nothing(
     assert result.error() is None
     assert "STEPS=7" in result.stderr
     assert "CUDA_VISIBLE_DEVICES=3" in result.stderr
+    assert "GGML_NO_BACKTRACE=1" in result.stderr, "a debugger's words are no step lines"
     assert not any(line.startswith("SECRET") for line in result.stderr)
 
 

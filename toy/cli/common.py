@@ -19,7 +19,11 @@ import click
 from toy.errors import ToyError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
+
+    from toy.models.tokenizer import Tokenizer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,6 +33,31 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, and nothing else there.")(
         function
     )
+
+
+class Finite(click.FloatRange):
+    """A number in a range; nan and inf, which compare with nothing or are above all, are refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return found
+
+
+#: What `--n`, `--threads` and `--context` of a runner can be.
+COUNT = click.IntRange(1, 2**31 - 1)
+THREADS = click.IntRange(0, 512)  # ggml's own limit
+CONTEXT = click.IntRange(0, 1 << 20)
+
+
+def tokenizer_or_none(path: Path) -> Tokenizer | None:
+    """The tokenizer inside a model, for what can be done without: None when there is none that we read."""
+    from toy.models.tokenizer import Tokenizer
+
+    with contextlib.suppress(ToyError):
+        return Tokenizer.from_gguf(path)
+    return None
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from toy.cli.common import duration_text, emit, json_option, progress_bar
+from toy.cli.common import CONTEXT, THREADS, duration_text, emit, json_option, progress_bar, tokenizer_or_none
 from toy.errors import ToyError, shown
 
 if TYPE_CHECKING:
@@ -25,13 +25,9 @@ FORMAT = "toy/eval-v1"
 @click.option("--images", metavar="PATH", help="Images in class folders, IDX or packed: accuracy of a vit.")
 @click.option("--prompt", metavar="TEXT", help="The log-probabilities of what comes after TEXT.")
 @click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Candidates after --prompt.")
-@click.option(
-    "--context", type=click.IntRange(min=0), default=0, help="Tokens of a window; 0: the model's, 1024 at most."
-)
-@click.option(
-    "--stride", type=click.IntRange(min=0), default=0, help="Tokens from a window to the next; 0: the context."
-)
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="0: the usable cores.")
+@click.option("--context", type=CONTEXT, default=0, help="Tokens of a window; 0: the model's, 1024 at most.")
+@click.option("--stride", type=CONTEXT, default=0, help="Tokens from a window to the next; 0: the context.")
+@click.option("--threads", type=THREADS, default=0, help="0: the usable cores.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @json_option
 def command(
@@ -128,17 +124,6 @@ class Bar:
 # --- each kind ------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(path: Path, required: bool) -> Any:
-    from toy.models.tokenizer import Tokenizer
-
-    try:
-        return Tokenizer.from_gguf(path)
-    except ToyError:
-        if required:
-            raise
-        return None
-
-
 def score(subject: Subject, corpus: str | None, stride: int, model: str) -> dict[str, Any]:
     from toy.models import evaluate
 
@@ -147,7 +132,7 @@ def score(subject: Subject, corpus: str | None, stride: int, model: str) -> dict
     else:
         text, about = pack(subject, corpus)
     with Bar("scoring") as bar:
-        tokenizer = tokenizer_of(subject.card.path, required=False)
+        tokenizer = tokenizer_or_none(subject.card.path)
         return {**evaluate.likelihood_of(subject, text, tokenizer, stride, bar.progress), "data": about}
 
 
@@ -219,8 +204,9 @@ def run_of(model: str) -> Path:
 def next_token(subject: Subject, prompt: str, top: int) -> dict[str, Any]:
     from toy.models import evaluate
     from toy.models.generate import prompt_ids
+    from toy.models.tokenizer import Tokenizer
 
-    tokenizer = tokenizer_of(subject.card.path, required=True)
+    tokenizer = Tokenizer.from_gguf(subject.card.path)
     ids = prompt_ids(tokenizer, prompt)
     found = evaluate.next_token(subject, ids, top)
     rows = [{"id": i, "text": tokenizer.decode([i], special=True), "logprob": value} for i, value in found]
@@ -229,10 +215,11 @@ def next_token(subject: Subject, prompt: str, top: int) -> dict[str, Any]:
 
 def choose(subject: Subject, path: Path) -> dict[str, Any]:
     from toy.models import evaluate
+    from toy.models.tokenizer import Tokenizer
 
     questions = evaluate.read_questions(path)
     with Bar("choosing") as bar:
-        tokenizer = tokenizer_of(subject.card.path, required=True)
+        tokenizer = Tokenizer.from_gguf(subject.card.path)
         answers = evaluate.choose(subject, questions, tokenizer, bar.progress)
     return {**answers, "data": {"path": str(path.absolute())}}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from toy.cli.common import emit, json_option, say
+from toy.cli.common import CONTEXT, COUNT, THREADS, Finite, emit, json_option, say, tokenizer_or_none
 from toy.errors import ToyError
 
 
@@ -22,17 +22,15 @@ from toy.errors import ToyError
 @click.option("--prompt", help="Text to continue. Without one, standard input when piped, else a new document begins.")
 @click.option("--prompt-ids", metavar="1,2,3", help="Token ids to continue, in place of text.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message: apply the model's chat template.")
-@click.option("--n", "n", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
+@click.option("--n", "n", type=COUNT, default=128, show_default=True, help="Tokens to generate.")
+@click.option("--temperature", type=Finite(min=0), default=0.8, show_default=True, help="0 takes the likeliest token.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the likeliest token."
+    "--top-k", type=click.IntRange(0, 2**31 - 1), default=40, show_default=True, help="Likeliest tokens; 0: all."
 )
-@click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True, help="Likeliest tokens; 0: all.")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True, help="Their share; 1: all."
-)
+@click.option("--top-p", type=Finite(0, 1, min_open=True), default=0.95, show_default=True, help="Their share; 1: all.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1337, show_default=True, help="Of the draws.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="0: the usable cores.")
-@click.option("--context", type=click.IntRange(min=0), default=0, help="Tokens held at once; 0: the model's.")
+@click.option("--threads", type=THREADS, default=0, help="0: the usable cores.")
+@click.option("--context", type=CONTEXT, default=0, help="Tokens held at once; 0: the model's.")
 @click.option("--logprobs", type=click.IntRange(0, 1000), default=0, help="With --json: the K likeliest at each token.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @click.option("-v", "--verbose", is_flag=True, help="Say tokens/s on stderr.")
@@ -66,6 +64,7 @@ def command(
     """
     from toy.models import adapters
     from toy.models.generate import Sampling, describe_logprobs, generate, target
+    from toy.models.tokenizer import Tokenizer
 
     _check_flags(prompt, prompt_ids, chat, logprobs, as_json)
     card, lora = adapters.choose(model, adapter)
@@ -75,7 +74,7 @@ def command(
     if images:
         _classify(card, images, top, threads, device, as_json)
         return
-    tokenizer = _tokenizer(card.path, required=prompt_ids is None)
+    tokenizer = Tokenizer.from_gguf(path) if prompt_ids is None else tokenizer_or_none(path)
     text = None
     if prompt_ids is not None:
         ids = _ids(prompt_ids)
@@ -207,18 +206,6 @@ def _standard_input() -> str:
     except UnicodeDecodeError as error:
         message = f"standard input is not UTF-8 text (byte {error.start})"
         raise ToyError("bad_flag", message, "pass ids with --prompt-ids instead") from None
-
-
-def _tokenizer(path: Path, required: bool) -> Any:
-    """The model's tokenizer; None when ids go in and it has none that we read."""
-    from toy.models.tokenizer import Tokenizer
-
-    try:
-        return Tokenizer.from_gguf(path)
-    except ToyError:
-        if required:
-            raise
-        return None
 
 
 def _encode(tokenizer: Any, text: str, chat: bool, path: Path) -> list[int]:

@@ -369,6 +369,15 @@ class Lines(View):
         sys.stdout.flush()
 
 
+def fitting(numbers: dict[str, str], room: int) -> str:
+    """The loss, and of the other numbers those that fit beside it into `room` columns, the more wanted first."""
+    chosen = ["loss"]
+    for name in ("left", "val", "speed", "lr"):
+        if numbers[name] and len(" ".join(numbers[each] for each in (*chosen, name))) <= room:
+            chosen.append(name)
+    return " ".join(text for name, text in numbers.items() if name in chosen)
+
+
 class Live(View):
     """On a terminal: one moving line, and one that stays for every validation."""
 
@@ -412,7 +421,7 @@ class Live(View):
                 f"{items} a step, {event.get('threads')} threads, {bytes_text(memory)} of memory"
             )
         elif event["kind"] == "eval" and isinstance(event.get("val_loss"), (int, float)):
-            self.val_loss = f" val {event['val_loss']:.4f}"
+            self.val_loss = f"val {event['val_loss']:.4f}"
             star = " (best so far)" if event.get("best") else ""
             accuracy = event.get("accuracy")
             right = f", {100 * accuracy:.2f} % right" if isinstance(accuracy, (int, float)) else ""
@@ -426,13 +435,20 @@ class Live(View):
             rate = (step - self.last[1]) / (now - self.last[0])
             self.rate = rate if self.rate is None else 0.95 * self.rate + 0.05 * rate
         self.last = (now, step)
-        left = f" {duration_text(max(1, round((self.total - step) / self.rate)))} left" if self.rate else ""
         loss = event.get("loss")
-        numbers = f"loss {loss:.4f}" if isinstance(loss, (int, float)) else "loss ?"
         speed, unit = speed_of(self.cfg, self.speed, self.sequences)
         unit = unit.replace("tokens", "tok")
-        numbers += f"{self.val_loss} lr {event.get('learning_rate') or 0:.2e} {speed or 0:,.0f} {unit}{left}"
-        self.progress.update(self.task, completed=step, description=f"step {step}/{self.total}", numbers=numbers)
+        left = f"{duration_text(max(1, round((self.total - step) / self.rate)))} left" if self.rate else ""
+        numbers = {
+            "loss": f"loss {loss:.4f}" if isinstance(loss, (int, float)) else "loss ?",
+            "val": self.val_loss,
+            "lr": f"lr {event.get('learning_rate') or 0:.2e}",
+            "speed": f"{speed or 0:,.0f} {unit}",
+            "left": left,
+        }
+        description = f"step {step}/{self.total}"
+        text = fitting(numbers, self.console.width - len(description) - 2)
+        self.progress.update(self.task, completed=step, description=description, numbers=text)
 
     def note(self, text: str) -> None:
         self.progress.console.print(text)

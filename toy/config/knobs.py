@@ -70,7 +70,7 @@ class Run(Section):
         "native", "Runner build: for this machine, or a fixed instruction set with the same bytes everywhere."
     )
     seed: int = knob(1337, "Seed of initial weights and data order.", min=0, max=2**63 - 1)
-    threads: int = knob(0, "Threads; the losses do not depend on it.", min=0, max=1024, auto=(0, "all usable cores"))
+    threads: int = knob(0, "Threads; the losses do not depend on it.", min=0, max=512, auto=(0, "all usable cores"))
     name: str = knob("", "Name of the run, for `{name}` in run_id_template and for lists.")
     notes: str = knob("", "Anything to remember about the run.")
     stop_after: float = knob(
