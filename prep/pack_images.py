@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pack_text import main_of, require_free, show
 
 from toy import corpora
+from toy.corpora import images
 from toy.errors import ToyError
 from toy.models.convert import put_in_place
 
 
 def pack(args: argparse.Namespace) -> dict[str, object]:
-    require_free(args.out, args.force)
+    require_free(args.out, args.force, images.MANIFEST)
     corpora.check_images(args.images, args.image_size, args.channels)
     like = corpora.prepare_images(args.like) if args.like else None
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,12 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toy import corpora
+from toy.corpora import packed
 from toy.errors import ToyError
-from toy.models.convert import put_in_place
+from toy.models.convert import check_replaceable, put_in_place
 
 
 def pack(args: argparse.Namespace) -> dict[str, object]:
-    require_free(args.out, args.force)
+    require_free(args.out, args.force, packed.MANIFEST)
     examples = corpora.kind_of(args.corpus, texts_are_examples=args.examples) == "examples"
     if args.examples and not examples:
         raise ToyError("bad_flag", f"{args.corpus or 'the manual'} is no .jsonl of examples", "leave --examples out")
@@ -53,9 +54,11 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
     return {"out": str(args.out), **made.manifest}
 
 
-def require_free(out: Path, force: bool) -> None:
+def require_free(out: Path, force: bool, manifest: str) -> None:
+    """Raises ToyError (bad_flag) where OUT is there, and may not be replaced: `manifest` tells what was packed."""
     if out.exists() and not force:
         raise ToyError("bad_flag", f"{out} is there already", "choose another folder, or --force to replace it")
+    check_replaceable(out, (manifest,))
 
 
 def show(done: int, total: int) -> None:

@@ -332,7 +332,7 @@ def test_infer_classes_images(toy: Toy, vit: Trained) -> None:
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_bad_input(toy: Toy, trained: Trained, gpt2: Trained, vit: Trained) -> None:
+def test_bad_input(toy: Toy, trained: Trained, gpt2: Trained, vit: Trained, answers: Path) -> None:
     (toy.cwd / "empty.jsonl").write_text("")
     (toy.cwd / "bad.png").write_bytes(b"no picture")
     (toy.cwd / "beyond.bin").write_bytes(np.array([1, 2, 999], "<i4").tobytes())
@@ -345,6 +345,7 @@ def test_bad_input(toy: Toy, trained: Trained, gpt2: Trained, vit: Trained) -> N
         (["eval", llama, "--corpus", "x", "--prompt", "y"], "one thing at a time"),
         (["eval", llama, "--corpus", EXCERPT, "--context", 16, "--stride", 17], "half the context"),
         (["eval", llama, "--prompt", "x", "--stride", 2], "leave it out"),
+        (["eval", llama, "--corpus", answers, "--stride", 2], "leave it out"),
         (["eval", llama, "--images", DIGITS], "--corpus"),
         (["eval", llama, "--choices", "empty.jsonl"], "choices"),
         (["eval", llama, "--corpus", "beyond.bin"], "tokenizer"),

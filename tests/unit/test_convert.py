@@ -21,6 +21,7 @@ from gguf_files import data_of, types_of
 from harness import Toy, fails, tree
 
 from toy import _native
+from toy.errors import ToyError
 from toy.models import cards, convert, hf_export
 from toy.models.vocabulary import from_metadata
 
@@ -239,13 +240,29 @@ def test_what_is_there_is_kept(model: Callable[..., Path], cold_toy: Toy) -> Non
     assert (result.code, result.document["error"]["message"]) == (2, "m.gguf is what is read")
 
 
+def test_only_folders_of_ours_are_replaced(tmp_path: Path) -> None:
+    """--force with the wrong path takes nobody's files away."""
+    home, photos, empty = (tmp_path / name for name in ("home", "photos", "empty"))
+    for folder in (home / "letters", photos, empty):
+        folder.mkdir(parents=True)
+    (home / "config.json").write_text("mine")
+    (photos / "a.png").write_text("mine")
+    for out in (home, photos, tmp_path):
+        with pytest.raises(ToyError, match="holds other things"), convert.new_folder(out, force=True):
+            pass
+    assert ((home / "config.json").read_text(), (photos / "a.png").read_text()) == ("mine", "mine")
+    with convert.new_folder(empty, force=True) as made:
+        (made / "config.json").write_text("{}")
+    assert (empty / "config.json").is_file()
+
+
 def test_a_folder_that_is_replaced_is_there_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     for content in ("old", "new"):
         with convert.new_folder(out, force=True) as folder:
-            (folder / "file").write_text(content)
+            (folder / "config.json").write_text(content)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (out / "file").read_text() == "new"
+    assert (out / "config.json").read_text() == "new"
 
     rename = os.replace
 
@@ -256,9 +273,9 @@ def test_a_folder_that_is_replaced_is_there_whatever_happens(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt), convert.new_folder(out, force=True) as folder:
-        (folder / "file").write_text("newer")
+        (folder / "config.json").write_text("newer")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (out / "file").read_text() == "new"
+    assert (out / "config.json").read_text() == "new"
 
 
 def test_export_command(model: Callable[..., Path], cold_toy: Toy) -> None:

@@ -473,6 +473,11 @@ def test_pack_text_script(tmp_path: Path) -> None:
     again = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "error:" in again.stderr and "hint:" in again.stderr
     assert subprocess.run([*argv, "--force"], cwd=tmp_path, check=False, capture_output=True).returncode == 0
+    write(tmp_path / "mine" / "letter.txt", TEXT)
+    wrong = [*argv[:3], "mine", "--tokenizer", "chars", "--force"]
+    kept = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert kept.returncode == 2 and "holds other things than tokens.json" in kept.stderr
+    assert (tmp_path / "mine" / "letter.txt").read_text() == TEXT
     (tmp_path / "qa.jsonl").write_text('{"text": "ab"}\n')
     packing = [*argv[:2], "qa.jsonl", "qa", "--tokenizer", "bytes", "--examples", "--json"]
     document = json.loads(subprocess.run(packing, cwd=tmp_path, check=True, capture_output=True, text=True).stdout)

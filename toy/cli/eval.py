@@ -131,6 +131,8 @@ def score(subject: Subject, corpus: str | None, stride: int, model: str) -> dict
         text, about = held_out(model)
     else:
         text, about = pack(subject, corpus)
+    if stride and text.offsets is not None:
+        raise ToyError("bad_flag", "--stride is for a text, and examples are scored one by one", "leave it out")
     with Bar("scoring") as bar:
         tokenizer = tokenizer_or_none(subject.card.path)
         return {**evaluate.likelihood_of(subject, text, tokenizer, stride, bar.progress), "data": about}

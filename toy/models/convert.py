@@ -24,6 +24,9 @@ TYPES = (
 #: What --type takes: also the short names of the mixes, as llama.cpp has them.
 TYPE_NAMES = (*TYPES, "q4_k", "q5_k")
 
+#: What tells a folder that an export made.
+MARKS = ("config.json", "Modelfile")
+
 #: progress(bytes done, bytes to do)
 Progress = Callable[[int, int], None]
 
@@ -148,6 +151,17 @@ def check_space(folder: Path, needed: int) -> None:
         raise ToyError("disk_full", message, "free some space, or choose another place with --out")
 
 
+def check_replaceable(out: Path, marks: tuple[str, ...]) -> None:
+    """Raises ToyError (bad_flag) for a folder with anything in it that we did not write: one of ours holds one of the
+    files `marks`, and no folders."""
+    if not out.is_dir():
+        return
+    entries = list(os.scandir(out))
+    if entries and (any(entry.is_dir() for entry in entries) or not any(entry.name in marks for entry in entries)):
+        message = f"{shown(out)} holds other things than {' or '.join(marks)} and what goes with it"
+        raise ToyError("bad_flag", message, "--force replaces whole folders, of this kind only: choose another name")
+
+
 def put_in_place(made: Path, out: Path) -> None:
     """Rename the folder `made` to `out`, beside it. What was at `out` is removed after that, and is there again where
     the renaming fails or is interrupted. Raises OSError."""
@@ -169,6 +183,7 @@ def new_folder(out: Path, force: bool) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block ends, and is removed when the block fails."""
     check_target(out, force)
     with os_errors("make the folder"):
+        check_replaceable(out, MARKS)
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
     try:
