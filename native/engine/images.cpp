@@ -69,16 +69,22 @@ void image_set::read(uint64_t epoch, size_t item, int slot, batch & out) const {
     const int  dx       = crop > 0 ? (int) r.below(3 * image + 0, 2 * crop + 1) - crop : 0;
     const int  dy       = crop > 0 ? (int) r.below(3 * image + 1, 2 * crop + 1) - crop : 0;
     const bool mirrored = flip && r.below(3 * image + 2, 2);
+
+    std::vector<float> row(W);
     for (int c = 0; c < n_channel; c++) {
         const float scale = 1.0f / (255.0f * images.std[c]), shift = images.mean[c] / images.std[c];
         for (int y = 0; y < H; y++) {
             const int from_y = y + dy;
+            if (from_y < 0 || from_y >= H) {
+                continue;   // clear() left zeros
+            }
             for (int x = 0; x < W; x++) {
-                const int   from_x = (mirrored ? W - 1 - x : x) + dx;
-                const bool  inside = from_x >= 0 && from_x < W && from_y >= 0 && from_y < H;
-                const float value  = inside ? (float) src[((size_t) c * H + from_y) * W + from_x] * scale - shift : 0.0f;
-                const int   p      = (y / patch) * columns + x / patch;
-                dst[((size_t) p * n_channel + c) * patch * patch + (y % patch) * patch + x % patch] = value;
+                const int from_x = (mirrored ? W - 1 - x : x) + dx;
+                row[x]           = from_x >= 0 && from_x < W ? (float) src[((size_t) c * H + from_y) * W + from_x] * scale - shift : 0.0f;
+            }
+            for (int column = 0; column < columns; column++) {
+                const size_t p = (size_t) (y / patch) * columns + column;
+                std::copy_n(row.data() + column * patch, patch, dst + (p * n_channel + c) * patch * patch + (y % patch) * patch);
             }
         }
     }
