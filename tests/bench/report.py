@@ -150,7 +150,7 @@ class Report:
 
     def circumstances(self, quiet: Quiet) -> str:
         version = next((cell.version for cell in self.cells if "peft" in cell.version), "")
-        version = version or next((cell.version for cell in self.cells if cell.version), "no PyTorch")
+        version = version or next((cell.version for cell in self.cells if cell.version), "PyTorch not measured")
         if quiet.guards:
             noise = f"Other programs used at most {100 * quiet.worst:.1f} % of the machine in a turn; "
             noise += f"{quiet.repeated} turns were repeated."
