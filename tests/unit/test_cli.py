@@ -40,6 +40,20 @@ def test_start_up_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("toy.cli.train, toy.cli.inputs, toy.corpora, toy.runs.bundle", {"numpy", "matplotlib", "PIL", "rich"}),
+        ("toy.cli.infer, toy.models.adapters, toy.models.generate", {"numpy", "pydantic", "yaml", "toy.config"}),
+    ],
+)
+def test_first_words_wait_for_nothing_heavy(modules: str, heavy: set[str]) -> None:
+    """What a run of text does not use would take most of the time before its first step or token."""
+    code = f"import sys, {modules}; sys.exit(' '.join({heavy!r} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_json(cold_toy: Toy, name: str) -> None:
     text = cold_toy(name, "--help").ok().stdout

@@ -19,10 +19,9 @@ import click
 from toy.errors import ToyError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
+    from toy.models.cards import Card
     from toy.models.tokenizer import Tokenizer
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,12 +50,12 @@ THREADS = click.IntRange(0, 512)  # ggml's own limit
 CONTEXT = click.IntRange(0, 1 << 20)
 
 
-def tokenizer_or_none(path: Path) -> Tokenizer | None:
+def tokenizer_or_none(card: Card) -> Tokenizer | None:
     """The tokenizer inside a model, for what can be done without: None when there is none that we read."""
     from toy.models.tokenizer import Tokenizer
 
     with contextlib.suppress(ToyError):
-        return Tokenizer.from_gguf(path)
+        return Tokenizer.from_card(card)
     return None
 
 

@@ -134,7 +134,7 @@ def score(subject: Subject, corpus: str | None, stride: int, model: str) -> dict
     if stride and text.offsets is not None:
         raise ToyError("bad_flag", "--stride is for a text, and examples are scored one by one", "leave it out")
     with Bar("scoring") as bar:
-        tokenizer = tokenizer_or_none(subject.card.path)
+        tokenizer = tokenizer_or_none(subject.card)
         return {**evaluate.likelihood_of(subject, text, tokenizer, stride, bar.progress), "data": about}
 
 

@@ -74,7 +74,7 @@ def command(
     if images:
         _classify(card, images, top, threads, device, as_json)
         return
-    tokenizer = Tokenizer.from_gguf(path) if prompt_ids is None else tokenizer_or_none(path)
+    tokenizer = Tokenizer.from_card(card) if prompt_ids is None else tokenizer_or_none(card)
     text = None
     if prompt_ids is not None:
         ids = _ids(prompt_ids)

@@ -69,14 +69,13 @@ def check(subject: Subject) -> None:
 def run(subject: Subject, keys: dict[str, object], take: Callable[[list[str]], None]) -> float:
     """Run `toy-eval`, each line of its output split into words and given to `take`; the seconds it took."""
     from toy import runners
-    from toy.config.resolve import usable_cores
 
     runner = target(subject.card, subject.device)
     check(subject)
     runners.ensure_built([runner])
     env = {
         "GGUF": os.fspath(subject.card.path.absolute()),
-        "THREADS": subject.threads or usable_cores(),
+        "THREADS": subject.threads,
         "CONTEXT": subject.window,
         **({"ADAPTER": os.fspath(subject.adapter.path.absolute())} if subject.adapter else {}),
         **keys,

@@ -79,7 +79,6 @@ def generate(
     Raises ToyError.
     """
     from toy import runners
-    from toy.config.resolve import usable_cores
 
     runner = target(card, device)
     window = check_prompt(card, prompt, context)
@@ -112,7 +111,7 @@ def generate(
             "TOP_P": repr(float(sampling.top_p)),
             "SEED": sampling.seed,
             "STOP_TOKENS": ",".join(str(i) for i in sorted(set(stop))),
-            "THREADS": threads or usable_cores(),
+            "THREADS": threads,
             "CONTEXT": context,
             "LOGPROBS": logprobs,
             **({"ADAPTER": os.fspath(adapter.path.absolute())} if adapter else {}),
@@ -160,7 +159,6 @@ def classify(
 ) -> list[list[tuple[str, float]]]:
     """For each image file the likeliest classes of a vit with their probabilities, best first. Raises ToyError."""
     from toy import corpora, runners
-    from toy.config.resolve import usable_cores
 
     runner = target(card, device)
     seen = cards.vision(card)
@@ -180,7 +178,7 @@ def classify(
             "GGUF": os.fspath(card.path.absolute()),
             "IMG_DIR": packed,
             "TOP_K": min(top, len(seen["classes"])),
-            "THREADS": threads or usable_cores(),
+            "THREADS": threads,
         }
         failed = runners.launch(runner, runners.environment(keys, device), on_stdout=line).error()
     if failed is not None:
@@ -203,7 +201,7 @@ def sample_text(
     from toy.models import adapters
 
     card, lora = adapters.choose(os.fspath(gguf), os.fspath(adapter) if adapter else None)
-    tokenizer = Tokenizer.from_gguf(card.path)
+    tokenizer = Tokenizer.from_card(card)
     sampling = Sampling(temperature=temperature, seed=seed)
     ids = chat_ids(tokenizer, prompt, str(gguf)) if chat else prompt_ids(tokenizer, prompt)
     made = generate(card, ids, n, sampling, stop=tokenizer.stop_ids, threads=threads, adapter=lora)

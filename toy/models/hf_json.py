@@ -225,18 +225,17 @@ def byte_level_encoder(vocabulary: Vocabulary, *, all_bytes: bool = False) -> An
     if all_bytes:
         for byte, character in enumerate(ALPHABET):
             ids.setdefault(character, len(vocabulary.tokens) + byte)
-    pairs = (merge.split(" ", 1) for merge in vocabulary.merges)
-    # A merge whose parts or result are no tokens can never be made, and the library refuses it.
-    merges = [
-        (pair[0], pair[1])
-        for pair in pairs
-        if len(pair) == 2 and pair[0] in ids and pair[1] in ids and pair[0] + pair[1] in ids
-    ]
+    merges: list[Any] = [tuple(merge.split(" ", 1)) for merge in vocabulary.merges]
     pre = pretokenizers.PRE_TOKENIZERS.get(vocabulary.pre)
     if pre is None:
         _warn_once(vocabulary.pre)
         pre = pretokenizers.PRE_TOKENIZERS["gpt-2"]
-    encoder = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre.ignore_merges))
+    try:
+        model = models.BPE(vocab=ids, merges=merges, ignore_merges=pre.ignore_merges)
+    except Exception:  # of no kind of its own: a merge whose parts or result are no tokens, which can never be made
+        merges = [pair for pair in merges if len(pair) == 2 and {*pair, "".join(pair)} <= ids.keys()]
+        model = models.BPE(vocab=ids, merges=merges, ignore_merges=pre.ignore_merges)
+    encoder = Tokenizer(model)
     if pre.patterns == (pretokenizers.GPT2,):
         encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:

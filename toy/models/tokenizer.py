@@ -9,7 +9,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from toy.errors import ToyError
 from toy.models import hf_json
@@ -30,6 +30,9 @@ from toy.models.vocabulary import (
     from_metadata,
 )
 
+if TYPE_CHECKING:
+    from toy.models.cards import Card
+
 # The library warns on every fork of a process that used its threads unless this says that they are meant.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -47,7 +50,7 @@ class Tokenizer:
         self._encoder: Any = None
         self._has_all_bytes = True
         self._table: dict[int, str] = {}
-        self._pieces: list[bytes] | None = None
+        self._pieces: dict[int, bytes] = {}
         self._specials: list[tuple[str, int, bool]] | None = None
 
     # Where tokenizers come from
@@ -58,6 +61,11 @@ class Tokenizer:
         from toy.models import gguf
 
         return cls(from_metadata(gguf.read(path)["metadata"], str(path)), "gguf")
+
+    @classmethod
+    def from_card(cls, card: Card) -> Tokenizer:
+        """The same, of a GGUF whose metadata is already read: with a large vocabulary that takes a while."""
+        return cls(from_metadata(card.metadata, str(card.path)), "gguf")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -238,9 +246,8 @@ class Tokenizer:
         kind = self.vocabulary.types[i]
         if kind in (CONTROL, UNKNOWN):
             return self.vocabulary.tokens[i].encode() if special else b""
-        if self._pieces is None:
-            pairs = zip(self.vocabulary.tokens, self.vocabulary.types, strict=True)
-            self._pieces = [self._piece(token, kind) for token, kind in pairs]
+        if i not in self._pieces:
+            self._pieces[i] = self._piece(self.vocabulary.tokens[i], kind)
         return self._pieces[i]
 
     def _piece(self, token: str, kind: int) -> bytes:
