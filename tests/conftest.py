@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from gguf_files import RandomModel
-from harness import EXCERPT, TINY, Toy
+from harness import EXCERPT, TINY, Toy, sets
 
 from toy.models.tokenizer import Tokenizer
 from toy.models.vocabulary import Vocabulary
@@ -116,9 +116,8 @@ def spoken(
     }  # fmt: skip
     if arch == "llama":
         knobs["model.n_head_kv"] = 2
-    sets = [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
     flags = ("--preset", "tiny", "--corpus", EXCERPT, "--steps", 150, "--no-sample")
-    return Trained(Toy(folder, home), folder, *flags, *sets)
+    return Trained(Toy(folder, home), folder, *flags, *sets(knobs))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from gguf_files import rewrite
-from harness import EXCERPT, ROOT, Result, Toy
+from harness import EXCERPT, ROOT, Result, Toy, sets
 
 GATES = ROOT / "data" / "gates"
 NAMES = sorted(path.stem for path in GATES.glob("*.yml"))
@@ -38,8 +38,7 @@ def make_base(toy: Toy) -> None:
         "model.context": 128, "data.tokenizer": "bytes", "train.batch": 16, "train.learning_rate": 3e-3,
         "run.build": "portable", "run.name": "shakespeare-mixed",
     }  # fmt: skip
-    sets = [word for key, value in shape.items() for word in ("--set", f"{key}={value}")]
-    toy("train", "--corpus", EXCERPT, "--steps", 400, *sets, "--no-sample", "--out", "base", timeout=900).ok()
+    toy("train", "--corpus", EXCERPT, "--steps", 400, *sets(shape), "--no-sample", "--out", "base", timeout=900).ok()
     kinds = {f"{part}.weight": kind for part, kind in TYPES.items()}
 
     def kind_of(name: str, shape: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gates import GATES, NAMES
 from gguf_files import RandomModel
-from harness import TINY, Toy, config_kv, read_events
+from harness import TINY, Toy, config_kv, read_events, sets
 from killing import JOBS, new_folder, run_through, weights_of
 from packed_data import write_tokens
 
@@ -319,8 +319,7 @@ def test_the_links_name_whole_checkpoints(toy: Toy) -> None:
         "eval.batches": 1,
         "train.learning_rate": 0.01,
     }
-    sets = [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
-    toy("train", *TINY, *sets, "--steps", 20, "--out", "run").ok()
+    toy("train", *TINY, *sets(knobs), "--steps", 20, "--out", "run").ok()
     folder = toy.cwd / "run" / "checkpoints"
     for link in ("latest", "best"):
         if (folder / link).is_symlink():

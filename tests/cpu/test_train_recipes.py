@@ -158,7 +158,6 @@ def test_stop_after_saves_and_says_how_to_go_on(toy: Toy) -> None:
     assert (Path(document["checkpoint"]) / "DONE").is_file()
     assert Path(document["checkpoint"]).name == f"step_{document['step']}"
     assert Path(document["gguf"]).is_file()
-    assert document["seconds"] < 60
 
 
 def test_the_shipped_presets_of_other_recipes_start(toy: Toy) -> None:

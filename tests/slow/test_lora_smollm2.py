@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import EXCERPT, Toy, write_jsonl
+from harness import EXCERPT, Toy, sets, write_jsonl
 from made_up import pairs
 
 STEPS, BATCH, RANK, LEARNING_RATE = 200, 8, 16, 1e-3
@@ -39,22 +39,8 @@ def test_it_learns_made_up_answers(toy: Toy, smollm: Path) -> None:
     knobs = {
         "data.val_corpus": held_out, "train.batch": BATCH, "train.learning_rate": LEARNING_RATE, "eval.every": 50,
     }  # fmt: skip
-    sets = [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
-    flags = (
-        "--model",
-        smollm,
-        "--corpus",
-        train,
-        "--rank",
-        RANK,
-        "--steps",
-        STEPS,
-        *sets,
-        "--out",
-        "run",
-        "--no-sample",
-    )
-    document = toy("train", "lora", *flags, "--json", timeout=7000).ok().document
+    flags = ("--model", smollm, "--corpus", train, "--rank", RANK, "--steps", STEPS, "--out", "run", "--no-sample")
+    document = toy("train", "lora", *flags, *sets(knobs), "--json", timeout=7000).ok().document
     assert hashlib.sha256(smollm.read_bytes()).hexdigest() == before
 
     adapted = {corpus: measure("run", corpus) for corpus in (held_out, EXCERPT)}
