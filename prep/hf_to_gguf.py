@@ -96,7 +96,8 @@ def convert_folder(
     }
     kinds = {piece[4] for piece in pieces if len(piece[1]) > 1 and piece[0] != "position_embd.weight"}
     common = kinds.pop() if len(kinds) == 1 else "f32"
-    convert.call(_native.import_tensors, str(out), metadata, pieces, type or common, progress=progress)
+    with convert.parent_made(out):
+        convert.call(_native.import_tensors, str(out), metadata, pieces, type or common, progress=progress)
 
 
 def show(done: int, total: int) -> None:

@@ -95,7 +95,7 @@ def test_adapters_that_do_not_fit(
 ) -> None:
     adapter = tmp_path / "a.gguf"
     write_adapter(adapter, targets, more=more)
-    assert said in fails("bad_file", convert.merge, model(), adapter, tmp_path / "out.gguf")
+    assert said in fails("bad_file", convert.merge, model(), adapter, tmp_path / "new" / "folder" / "out.gguf")
     assert os.listdir(tmp_path) == ["a.gguf"]
 
 

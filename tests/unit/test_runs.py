@@ -208,6 +208,16 @@ def test_broken_files_do_not_break_the_list(tmp_path: Path) -> None:
     assert [row["run_id"] for row in listing.rows(tmp_path)] == ["run"]
 
 
+def test_files_that_are_json_and_nothing_of_ours_do_not_break_the_list(tmp_path: Path) -> None:
+    """A folder of another program's under runs/ is a row with little in it."""
+    run = make_run(tmp_path / "run", config={"run": "fast", "train": [1]})
+    (run / "meta.json").write_text('{"datasets": ["a"]}')
+    row = listing.summary(run)
+    assert (row["recipe"], row["steps"], row["state"]) == (None, None, "killed")
+    assert history.changed(run) == {}
+    assert history.datasets(run) == {}
+
+
 # --- gates ----------------------------------------------------------------------------------------------------------
 
 

@@ -74,14 +74,16 @@ def merge(
 
     if not other_base:
         check_base(base, adapter)
-    call(_native.convert, os.fspath(base), os.fspath(out), type, os.fspath(adapter), progress=progress)
+    with parent_made(out):
+        call(_native.convert, os.fspath(base), os.fspath(out), type, os.fspath(adapter), progress=progress)
 
 
 def convert(source: Path, out: Path, type: str, progress: Progress | None = None) -> None:
     """A copy of a GGUF with its matrices in `type`."""
     from toy import _native
 
-    call(_native.convert, os.fspath(source), os.fspath(out), type, "", progress=progress)
+    with parent_made(out):
+        call(_native.convert, os.fspath(source), os.fspath(out), type, "", progress=progress)
 
 
 def check_base(base: Path, adapter: Path) -> None:
@@ -134,12 +136,25 @@ def check_target(out: Path, force: bool, *sources: Path) -> None:
 
 
 def check_file_target(out: Path, force: bool, *sources: Path) -> None:
-    """The same for a file, whose folder is made."""
+    """The same for a file."""
     if out.is_dir():
         raise ToyError("bad_flag", f"{shown(out)} is a folder", f"name a file in it: {shown(out / 'model.gguf')}")
     check_target(out, force, *sources)
+
+
+@contextlib.contextmanager
+def parent_made(out: Path) -> Iterator[None]:
+    """The folder of a file to come; what was made of it is taken away again when the block fails."""
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
     with os_errors("make the folder"):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def check_space(folder: Path, needed: int) -> None:

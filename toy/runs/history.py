@@ -41,7 +41,7 @@ def _is_auto(run: Path, values: dict[str, Any], key: str) -> bool:
     """Whether resolving the other knobs gives this one the value that it has."""
     from toy.config import KNOBS, Config, resolve
 
-    train = read_json(run / "meta.json").get("datasets", {}).get("train", {})
+    train = datasets(run).get("train", {})
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if name in KNOBS:

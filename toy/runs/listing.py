@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from toy.runs import all_runs, events, history, is_run, is_running, read_json
+from toy.runs import all_runs, events, history, is_run, is_running
 
 STATES = {
     "done": "done", "early_stop": "done", "stop_after": "interrupted", "interrupted": "interrupted", "killed": "killed",
@@ -15,16 +15,16 @@ STATES = {
 
 def summary(run: Path) -> dict[str, Any]:
     """What is known of a run. `state`: running (a lock is held), done, interrupted, failed or killed."""
-    settings = read_json(run / "config.json")
+    knobs = history.knobs(run)
     row: dict[str, Any] = {
         "run_id": run.name,
         "run_dir": str(run),
         "state": "",
-        "recipe": settings.get("run", {}).get("recipe"),
-        "arch": settings.get("run", {}).get("arch"),
-        "device": settings.get("run", {}).get("device"),
-        "name": settings.get("run", {}).get("name", ""),
-        "steps": settings.get("train", {}).get("steps"),
+        "recipe": knobs.get("run.recipe"),
+        "arch": knobs.get("run.arch"),
+        "device": knobs.get("run.device"),
+        "name": knobs.get("run.name", ""),
+        "steps": knobs.get("train.steps"),
         "step": 0,
         "loss": None,
         "val_loss": None,
