@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command import counter, main_of
+
 from toy.errors import ToyError, nearest, shown
 from toy.models import convert, hf_names
 from toy.models.tokenizer import Tokenizer
@@ -49,20 +51,14 @@ def main() -> int:
     parser.add_argument("--type", default="", choices=["", *convert.TYPE_NAMES], help="of the matrices [as stored]")
     parser.add_argument("--name", default="", help="general.name in the GGUF [the folder's]")
     parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
-    args = parser.parse_args()
-    try:
-        convert_folder(args.folder, args.out, args.type, args.name, args.force, show if sys.stderr.isatty() else None)
-    except ToyError as error:
-        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}\nhint: check the path and its permissions", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted\nhint: nothing was left half-written; run it again", file=sys.stderr)
-        return 130
-    print(f"{args.out}: {args.out.stat().st_size / 2**20:,.1f} MiB")
-    return 0
+    return main_of("toy/hf-to-gguf-v1", parser, work)
+
+
+def work(args: argparse.Namespace) -> dict[str, object]:
+    convert_folder(args.folder, args.out, args.type, args.name, args.force, counter("converting"))
+    size = args.out.stat().st_size
+    print(f"{args.out}: {size / 2**20:,.1f} MiB", file=sys.stderr if args.json else sys.stdout)
+    return {"out": str(args.out), "size": size}
 
 
 def convert_folder(
@@ -98,11 +94,6 @@ def convert_folder(
     common = kinds.pop() if len(kinds) == 1 else "f32"
     with convert.parent_made(out):
         convert.call(_native.import_tensors, str(out), metadata, pieces, type or common, progress=progress)
-
-
-def show(done: int, total: int) -> None:
-    end = "\n" if done >= total else ""
-    print(f"\rconverting {100 * done / max(1, total):3.0f} %", end=end, file=sys.stderr, flush=True)
 
 
 def load_json(path: Path) -> Json:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pack_text import main_of, require_free, show
+from command import counter, main_of, require_free
 
 from toy import corpora
 from toy.corpora import images
@@ -28,7 +28,7 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
     like = corpora.prepare_images(args.like) if args.like else None
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pack-", dir=args.out.parent) as cache:
-        progress = show if sys.stderr.isatty() else None
+        progress = counter("packing")
         made = corpora.prepare_images(args.images, Path(cache), args.image_size, args.channels, progress, like)
         if made.folder.parent != Path(cache).absolute():
             raise ToyError("bad_flag", f"{args.images} is packed already", "copy its folder instead")
@@ -38,7 +38,14 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
         f"{args.out}: {made.n_images:,} images of {len(made.classes)} classes, {shape}",
         file=sys.stderr if args.json else sys.stdout,
     )
-    return {"out": str(args.out), **made.manifest}
+    manifest = dict(made.manifest)
+    return {"packed": manifest.pop("format"), "out": str(args.out), **manifest}
+
+
+def size(text: str) -> int:
+    if not text.isdecimal() or int(text) > 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of pixels from 0 to 4096")
+    return int(text)
 
 
 def main() -> int:
@@ -46,13 +53,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=description, epilog=rest)
     parser.add_argument("images", help="folder of class folders, IDX images file, or the folder it is in")
     parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("--image-size", type=int, default=0, help="crop to a square and resize to this  [their own]")
+    parser.add_argument("--image-size", type=size, default=0, help="crop to a square and resize to this  [their own]")
     parser.add_argument(
         "--channels", type=int, default=0, choices=(0, 1, 3), help="1 grey, 3 RGB  [grey where all are]"
     )
     parser.add_argument("--like", help="a packed set whose classes and statistics to use, for validation images")
     parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
-    parser.add_argument("--json", action="store_true", help="print the manifest on stdout")
     return main_of("toy/pack-images-v1", parser, pack)
 
 

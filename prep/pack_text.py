@@ -10,18 +10,18 @@ elsewhere, or for looking at the result.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command import counter, main_of, require_free
+
 from toy import corpora
 from toy.corpora import packed
 from toy.errors import ToyError
-from toy.models.convert import check_replaceable, put_in_place
+from toy.models.convert import put_in_place
 
 
 def pack(args: argparse.Namespace) -> dict[str, object]:
@@ -34,7 +34,7 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
     else:
         corpora.check(args.corpus, args.tokenizer, args.vocab_size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    progress = show if sys.stderr.isatty() else None
+    progress = counter("packing")
     with tempfile.TemporaryDirectory(prefix=".pack-", dir=args.out.parent) as cache:
         if examples:
             made = corpora.prepare_examples(
@@ -51,42 +51,8 @@ def pack(args: argparse.Namespace) -> dict[str, object]:
         f"{args.out}: {made.n_tokens:,} tokens of {made.vocab_size:,} in {what} (end of text {eos})",
         file=sys.stderr if args.json else sys.stdout,
     )
-    return {"out": str(args.out), **made.manifest}
-
-
-def require_free(out: Path, force: bool, manifest: str) -> None:
-    """Raises ToyError (bad_flag) where OUT is there, and may not be replaced: `manifest` tells what was packed."""
-    if out.exists() and not force:
-        raise ToyError("bad_flag", f"{out} is there already", "choose another folder, or --force to replace it")
-    check_replaceable(out, (manifest,))
-
-
-def show(done: int, total: int) -> None:
-    print(
-        f"\rpacking {100 * done / max(1, total):3.0f} %", end="\n" if done >= total else "", file=sys.stderr, flush=True
-    )
-
-
-def main_of(format: str, parser: argparse.ArgumentParser, pack: Callable[..., dict[str, object]]) -> int:
-    """Runs `pack`; its document, or its error, for `--json`."""
-    args = parser.parse_args()
-    try:
-        document = pack(args)
-    except ToyError as error:
-        if args.json:
-            print(json.dumps({"format": format, "error": error.as_json()}, ensure_ascii=False))
-        else:
-            print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}\nhint: check the path and its permissions", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted\nhint: nothing was left half-written; run it again", file=sys.stderr)
-        return 130
-    if args.json:
-        print(json.dumps({"format": format, "packed": document.pop("format"), **document}, ensure_ascii=False))
-    return 0
+    manifest = dict(made.manifest)
+    return {"packed": manifest.pop("format"), "out": str(args.out), **manifest}
 
 
 def main() -> int:
@@ -98,7 +64,6 @@ def main() -> int:
     parser.add_argument("--vocab-size", type=int, default=0, help="size that bpe is trained to [2048]")
     parser.add_argument("--examples", action="store_true", help="lines of {text} are examples, not documents")
     parser.add_argument("--force", action="store_true", help="replace OUT when it is there")
-    parser.add_argument("--json", action="store_true", help="print the manifest on stdout")
     return main_of("toy/pack-text-v1", parser, pack)
 
 
