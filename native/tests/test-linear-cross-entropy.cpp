@@ -7,11 +7,12 @@ struct shape {
     int64_t   n_embd, n_vocab, n_tokens;
     int       keep;   // one of `keep` labels is not masked; 0: all are masked
     ggml_type type;
+    bool      bf16 = false;   // products of operands rounded to bf16
 };
 
 static std::string name_of(const shape & s) {
     return std::string("linear_cross_entropy ") + ggml_type_name(s.type) + " " + std::to_string(s.n_embd) + " x " + std::to_string(s.n_vocab) +
-           ", tokens " + std::to_string(s.n_tokens) +
+           ", tokens " + std::to_string(s.n_tokens) + (s.bf16 ? ", in bf16" : "") +
            (s.keep == 0  ? ", all masked"
             : s.keep > 1 ? ", some masked"
                          : "");
@@ -19,8 +20,9 @@ static std::string name_of(const shape & s) {
 
 struct problem {
     ggml_tensor *x, *w, *labels, *scale, *grad, *dx, *dw;
+    bool         bf16;
 
-    problem(ggml_context * ctx, const shape & s) {
+    problem(ggml_context * ctx, const shape & s) : bf16(s.bf16) {
         x                   = new_f32(ctx, { s.n_embd, s.n_tokens }, 2.0f);
         ggml_tensor * w_f32 = new_f32(ctx, { s.n_embd, s.n_vocab });
         w                   = w_f32;
@@ -41,7 +43,16 @@ struct problem {
         dw     = s.type == GGML_TYPE_F32 ? new_f32(ctx, { s.n_embd, s.n_vocab }) : nullptr;
     }
 
-    ggml_tensor * loss(ggml_context * ctx) const { return ggml_linear_cross_entropy(ctx, x, w, labels, scale, grad, dx, dw); }
+    ggml_tensor * loss(ggml_context * ctx) const { return loss_of(ctx, grad, dx, dw); }
+    ggml_tensor * loss_alone(ggml_context * ctx) const { return loss_of(ctx, nullptr, nullptr, nullptr); }
+
+    ggml_tensor * loss_of(ggml_context * ctx, ggml_tensor * grad, ggml_tensor * dx, ggml_tensor * dw) const {
+        ggml_tensor * loss = ggml_linear_cross_entropy(ctx, x, w, labels, scale, grad, dx, dw);
+        if (bf16) {
+            ggml_mul_mat_set_prec(loss, GGML_PREC_BF16);
+        }
+        return loss;
+    }
 };
 
 static std::vector<float> values(const ggml_tensor * t) {
@@ -55,6 +66,7 @@ struct expected {
 };
 
 static expected compute_in_double(const problem & p) {
+    const auto         rounded = [&](double x) { return p.bf16 ? (double) ggml_bf16_to_fp32(ggml_fp32_to_bf16((float) x)) : x; };
     const int64_t      C = p.x->ne[0], V = p.w->ne[1], N = p.x->ne[1];
     std::vector<float> w(C * V);
     if (p.w->type == GGML_TYPE_F32) {
@@ -75,7 +87,7 @@ static expected compute_in_double(const problem & p) {
         for (int64_t v = 0; v < V; v++) {
             l[v] = 0;
             for (int64_t c = 0; c < C; c++) {
-                l[v] += (double) x[c] * w[v * C + c];
+                l[v] += rounded(x[c]) * rounded(w[v * C + c]);
             }
             max = std::max(max, l[v]);
         }
@@ -84,10 +96,10 @@ static expected compute_in_double(const problem & p) {
         }
         e.loss += scale * (std::log(sum) - (l[label] - max));
         for (int64_t v = 0; v < V; v++) {
-            const double d = grad * scale * (std::exp(l[v] - max) / sum - (v == label));
+            const double d = rounded(grad * scale * (std::exp(l[v] - max) / sum - (v == label)));
             for (int64_t c = 0; c < C; c++) {
-                e.dx[i * C + c] += d * w[v * C + c];
-                e.dw[v * C + c] += d * x[c];
+                e.dx[i * C + c] += d * rounded(w[v * C + c]);
+                e.dw[v * C + c] += d * rounded(x[c]);
             }
         }
     }
@@ -120,16 +132,17 @@ static void test_values(const shape & s) {
         check(same(values(loss), first_loss) && same(values(p.dx), first_dx) && same(values(p.dw), first_dw),
               name + ": same bytes with " + std::to_string(n_threads) + " threads");
     }
-    const expected want = compute_in_double(p);
+    const expected want  = compute_in_double(p);
+    const double   limit = s.bf16 ? 1e-3 : 1e-5;   // bf16: a logit's last bits decide how its gradient is rounded
     compare(first_loss, { want.loss }, 5e-6, name);
-    compare(first_dx, want.dx, 1e-5, name + ": dx");
+    compare(first_dx, want.dx, limit, name + ": dx");
     for (int64_t i = 0; i < s.n_tokens; i++) {
         const float * row = first_dx.data() + i * s.n_embd;
         check(((const int32_t *) p.labels->data)[i] >= 0 || std::all_of(row, row + s.n_embd, [](float x) { return x == 0.0f; }),
               name + ": exactly zero where masked");
     }
     if (p.dw) {
-        compare(first_dw, want.dw, 1e-5, name + ": dw");
+        compare(first_dw, want.dw, limit, name + ": dw");
     }
 
     // a gradient of zero: the loss has the same bytes, and nothing else is touched
@@ -138,7 +151,7 @@ static void test_values(const shape & s) {
     first_dx = values(p.dx);
     compute(graph, 2);
     check(values(loss) == first_loss && values(p.dx) == first_dx && values(p.dw) == first_dw, name + ": the loss alone");
-    ggml_tensor * alone = ggml_linear_cross_entropy(ctx, p.x, p.w, p.labels, p.scale, nullptr, nullptr, nullptr);
+    ggml_tensor * alone = p.loss_alone(ctx);
     compute(graph_of(ctx, alone), 3);
     check(values(alone) == first_loss, name + ": the loss without gradients");
 
@@ -204,9 +217,9 @@ static void test_finite_differences(const shape & s) {
     memset(p.dw->data, 0, ggml_nbytes(p.dw));
     compute(graph, 2);
     const std::pair<ggml_tensor *, std::vector<float>> params[] = { { p.x, values(p.dx) }, { p.w, values(p.dw) } };
-    ggml_tensor *                                      alone = ggml_linear_cross_entropy(ctx, p.x, p.w, p.labels, p.scale, nullptr, nullptr, nullptr);
-    ggml_cgraph *                                      only  = graph_of(ctx, alone);
-    const double                                       grad  = ggml_get_data_f32(p.grad)[0];
+    ggml_tensor *                                      alone    = p.loss_alone(ctx);
+    ggml_cgraph *                                      only     = graph_of(ctx, alone);
+    const double                                       grad     = ggml_get_data_f32(p.grad)[0];
     for (const auto & [param, got_all] : params) {
         std::vector<float>  got;
         std::vector<double> want;
@@ -229,15 +242,25 @@ static void test_finite_differences(const shape & s) {
 
 int main() {
     const shape shapes[] = {
-        { 1, 2, 1, 1, GGML_TYPE_F32 },        { 1, 1, 3, 1, GGML_TYPE_F32 },   // one class: no loss
-        { 7, 33, 5, 1, GGML_TYPE_F32 },       { 33, 17, 19, 3, GGML_TYPE_F32 },   { 64, 256, 256, 1, GGML_TYPE_F32 },
+        { 1, 2, 1, 1, GGML_TYPE_F32 },
+        { 1, 1, 3, 1, GGML_TYPE_F32 },   // one class: no loss
+        { 7, 33, 5, 1, GGML_TYPE_F32 },
+        { 33, 17, 19, 3, GGML_TYPE_F32 },
+        { 64, 256, 256, 1, GGML_TYPE_F32 },
         { 48, 1000, 300, 1, GGML_TYPE_F32 },   // two chunks
         { 40, 771, 700, 2, GGML_TYPE_F32 },    // masked rows in every chunk
         { 96, 65, 600, 1, GGML_TYPE_F32 },     // more terms than a block of the GEMM
         { 5, 70000, 250, 1, GGML_TYPE_F32 },   // chunks by the size of the vocabulary
-        { 20, 50, 9, 0, GGML_TYPE_F32 },      { 64, 300, 21, 1, GGML_TYPE_F16 },  { 64, 300, 21, 2, GGML_TYPE_BF16 },
-        { 128, 515, 270, 1, GGML_TYPE_Q8_0 }, { 96, 515, 33, 1, GGML_TYPE_Q4_1 }, { 576, 700, 40, 1, GGML_TYPE_Q4_0 },
+        { 20, 50, 9, 0, GGML_TYPE_F32 },
+        { 64, 300, 21, 1, GGML_TYPE_F16 },
+        { 64, 300, 21, 2, GGML_TYPE_BF16 },
+        { 128, 515, 270, 1, GGML_TYPE_Q8_0 },
+        { 96, 515, 33, 1, GGML_TYPE_Q4_1 },
+        { 576, 700, 40, 1, GGML_TYPE_Q4_0 },
         { 512, 515, 33, 3, GGML_TYPE_Q6_K },
+        { 64, 256, 256, 1, GGML_TYPE_F32, true },
+        { 47, 771, 700, 2, GGML_TYPE_F32, true },
+        { 128, 515, 37, 1, GGML_TYPE_Q8_0, true },
     };
     for (const shape & s : shapes) {
         test_values(s);
