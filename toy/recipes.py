@@ -49,7 +49,7 @@ class Row:
     device: str
     target: str  # the executable under libexec/
     env: tuple[str, ...]  # keys besides the common ones
-    dtypes: tuple[str, ...] = ("f32",)  # what train.dtype can be
+    dtypes: tuple[str, ...] = ("f32", "bf16")  # what train.dtype can be
     needs: tuple[str, ...] = ()  # flags that must be given, or the knobs that they stand for
     gguf_archs: tuple[str, ...] = ()  # architectures of the GGUFs that it starts from
     gguf_types: tuple[str, ...] = ()  # tensor types of those GGUFs; empty: any

@@ -10,7 +10,9 @@ using tensor = ggml_tensor *;
 
 tensor net::product(tensor w, tensor x) const {
     tensor y = ggml_mul_mat(ctx, w, x);
-    if (f32 && w->type != GGML_TYPE_F32) {
+    if (bf16) {
+        ggml_mul_mat_set_prec(y, GGML_PREC_BF16);
+    } else if (f32 && w->type != GGML_TYPE_F32) {
         ggml_mul_mat_set_prec(y, GGML_PREC_F32);
     }
     return y;

@@ -91,7 +91,11 @@ ggml_tensor * session::token_loss(const net & n) {
     ggml_tensor * head = n.get(model.head(hp) + std::string(".weight"));
     ggml_tensor * dx   = ggml_new_tensor_2d(n.ctx, GGML_TYPE_F32, x->ne[0], x->ne[1]);
     const auto    own  = std::find_if(w.params.begin(), w.params.end(), [&](const param & p) { return p.w == head; });
-    return ggml_linear_cross_entropy(n.ctx, x, head, labels, scale, loss_grad, dx, own == w.params.end() ? nullptr : own->g);
+    ggml_tensor * sum  = ggml_linear_cross_entropy(n.ctx, x, head, labels, scale, loss_grad, dx, own == w.params.end() ? nullptr : own->g);
+    if (n.bf16) {
+        ggml_mul_mat_set_prec(sum, GGML_PREC_BF16);
+    }
+    return sum;
 }
 
 void session::build_step() {
@@ -102,6 +106,7 @@ void session::build_step() {
                                           nullptr, /*no_alloc =*/true });
     graph                   = ggml_new_graph_custom(ctx_graph, graph_size, true);
     net n                   = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
+    n.bf16                  = cfg.train.dtype == "bf16";
     if (base) {
         lora = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), cfg.lora.alpha, (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();

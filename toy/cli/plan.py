@@ -42,8 +42,10 @@ def earlier_rate(job: Job) -> tuple[float, str] | None:
 
     for run in reversed(all_runs(job.runs)[-20:]):
         row = listing.summary(run)
+        dtype = read_json(run / "config.json").get("train", {}).get("dtype")
         flops = read_json(run / "meta.json").get("flops_per_token")
-        if row["state"] == "done" and row["device"] == job.config.run.device and flops and row["tokens_per_second"]:
+        is_alike = (row["device"], dtype) == (job.config.run.device, job.config.train.dtype)
+        if row["state"] == "done" and is_alike and flops and row["tokens_per_second"]:
             return flops * row["tokens_per_second"], run.name
     return None
 
@@ -70,6 +72,7 @@ def make_plan(job: Job) -> dict[str, Any]:
         "recipe": resolved.run.recipe,
         "arch": resolved.run.arch,
         "device": resolved.run.device,
+        "dtype": resolved.train.dtype,
         "runner": job.row.target,
         "built": is_built([job.row.target], resolved.run.build),
         "parameters": plan["parameters"],
@@ -101,7 +104,7 @@ def show_plan(job: Job, as_json: bool) -> None:
     unit = "images" if sees else "tokens"
     what, size = ("classes         ", model["n_class"]) if sees else ("vocabulary      ", model["vocab_size"])
     lines = [
-        f"{plan['recipe']} {plan['arch']} on {plan['device']}, runner {plan['runner']}"
+        f"{plan['recipe']} {plan['arch']} on {plan['device']} in {plan['dtype']}, runner {plan['runner']}"
         + ("" if plan["built"] else " (to be built first)"),
         f"parameters      {plan['parameters']:>15,}  {count_text(plan['parameters'])}",
         *([f"with the base   {plan['total_parameters']:>15,}  {count_text(plan['total_parameters'])}"] * adapts),

@@ -357,7 +357,10 @@ def fill(job: Job, claim: Claim) -> tuple[config.Config, dict[str, str]]:
     with os_errors("write the run's files"):
         bundle.write_config(run, resolved, job.project)
         meta = bundle.meta(run, job.project, resolved.run.build, packed.datasets)
-        meta |= {"flops_per_token": plan.get("flops_per_token"), "resumed_from": job.resumed_from}
+        meta |= {
+            "dtype": resolved.train.dtype, "flops_per_token": plan.get("flops_per_token"),
+            "resumed_from": job.resumed_from,
+        }  # fmt: skip
         bundle.write_meta(run, meta)
     keys = {
         "TOY_RUN_DIR": run,

@@ -223,7 +223,10 @@ class Train(Section):
     eps: float = knob(1e-8, "AdamW: added to the root of the second moment.", min=1e-30, max=1.0)
     weight_decay: float = knob(0.1, "Decoupled weight decay, not on norms and biases.", min=0.0, max=100.0)
     grad_clip: float = knob(1.0, "Largest global norm of the gradient; 0: no clipping.", min=0.0, max=1e6)
-    dtype: Literal["f32", "bf16"] = knob("f32", "Type of the matrix products.")
+    dtype: Literal["f32", "bf16"] = knob(
+        "f32",
+        "Products of weights: f32, or rounded to bf16 as they are computed, with sums and everything stored in f32.",
+    )
     freeze: str = knob(
         "",
         "Tensors that stay as they begin: patterns with * and ?, comma between them; lora: over the adapter's tensors.",
