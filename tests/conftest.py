@@ -116,7 +116,7 @@ def spoken(
     }  # fmt: skip
     if arch == "llama":
         knobs["model.n_head_kv"] = 2
-    flags = ("--preset", "tiny", "--corpus", EXCERPT, "--steps", 150, "--no-sample")
+    flags = ("--preset", "tiny", "--corpus", EXCERPT, "--steps", 300, "--no-sample")
     return Trained(Toy(folder, home), folder, *flags, *sets(knobs))
 
 
