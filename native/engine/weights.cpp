@@ -7,11 +7,13 @@
 #include "rng.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <sstream>
+#include <thread>
 
 namespace toy {
 
@@ -134,20 +136,42 @@ void weights::join_gradients() {
     }
 }
 
-void weights::start(uint64_t seed) {
-    std::vector<float> chunk(1 << 16);   // small, so that starting needs no memory of a tensor's size
+void weights::start(uint64_t seed, int n_threads, const std::function<bool(const std::string &)> & drawn) {
+    constexpr size_t CHUNK = 1 << 16;   // small, so that starting needs no memory of a tensor's size
+    struct piece {
+        const param * p;
+        size_t        at, n;
+    };
+    std::vector<piece> pieces;
     for (const param & p : params) {
-        const rng    r(seed, "init." + p.name);
-        const size_t n = ggml_nelements(p.w);
-        for (size_t at = 0; at < n; at += chunk.size()) {
-            const size_t len = std::min(chunk.size(), n - at);
-            for (size_t i = 0; i < len; i++) {
-                chunk[i] = p.start.kind == init::NORMAL    ? p.start.value * r.normal(at + i)
-                           : p.start.kind == init::UNIFORM ? (float) (p.start.value * (2 * r.uniform(at + i) - 1))
-                                                           : p.start.value;
-            }
-            ggml_backend_tensor_set(p.w, chunk.data(), at * sizeof(float), len * sizeof(float));
+        const size_t n = drawn(p.name) ? ggml_nelements(p.w) : 0;
+        for (size_t at = 0; at < n; at += CHUNK) {
+            pieces.push_back({ &p, at, std::min(CHUNK, n - at) });
         }
+    }
+    // a number is a hash of its place, whichever thread draws it
+    std::atomic<size_t> next{ 0 };
+    const auto          draw = [&]() {
+        std::vector<float> chunk(CHUNK);
+        for (size_t i = next++; i < pieces.size(); i = next++) {
+            const piece & x = pieces[i];
+            const init    s = x.p->start;
+            const rng     r(seed, "init." + x.p->name);
+            for (size_t k = 0; k < x.n; k++) {
+                chunk[k] = s.kind == init::NORMAL    ? s.value * r.normal(x.at + k)
+                           : s.kind == init::UNIFORM ? (float) (s.value * (2 * r.uniform(x.at + k) - 1))
+                                                     : s.value;
+            }
+            ggml_backend_tensor_set(x.p->w, chunk.data(), x.at * sizeof(float), x.n * sizeof(float));
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int i = 1; i < std::min<int>(n_threads, (int) pieces.size()); i++) {
+        threads.emplace_back(draw);
+    }
+    draw();
+    for (std::thread & t : threads) {
+        t.join();
     }
     ggml_backend_buffer_clear(buf[2], 0);
 }

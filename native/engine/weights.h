@@ -56,7 +56,8 @@ struct weights {
     void freeze(const std::string & patterns);
 
     void alloc(ggml_backend_t backend);   // memory is reserved, not touched: a dry run costs nothing
-    void start(uint64_t seed);            // each tensor from its own random stream; moments to zero
+    // Each tensor from its own random stream, but for those that come from elsewhere (`drawn` is false); moments to zero.
+    void start(uint64_t seed, int n_threads, const std::function<bool(const std::string & name)> & drawn);
 
     int64_t n_params(bool with_frozen) const;
     size_t  bytes_weights() const, bytes_gradients() const, bytes_moments() const;

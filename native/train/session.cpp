@@ -108,7 +108,7 @@ void session::build_step() {
     net n                   = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
     n.bf16                  = cfg.train.dtype == "bf16";
     if (base) {
-        lora = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), cfg.lora.alpha, (float) cfg.lora.dropout, seeds });
+        lora   = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), cfg.lora.alpha, (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();
     }
     const bool whole = is_vision() || n.get(model.head(hp) + std::string(".bias"));
@@ -311,12 +311,13 @@ static void require_same(const gguf_file & donor, const char * what, double thei
 }
 
 void session::start_weights(const inputs_lookup & paths) {
-    w.start(cfg.run.seed);
-    if (cfg.run.recipe != "warm-start" || cfg.model.init == "scratch") {
+    const bool warm = cfg.run.recipe == "warm-start" && cfg.model.init != "scratch", whole = warm && cfg.model.init != "embeddings";
+    w.start(cfg.run.seed, be.n_threads, [whole](const std::string &) { return !whole; });
+    if (!warm) {
         return;
     }
     const gguf_file donor(paths("GGUF"));
-    if (cfg.model.init == "embeddings") {
+    if (!whole) {
         copy_from_gguf(w, donor, [&](const std::string & name) {
             return name == "token_embd.weight" || (name == "output.weight" && donor.tensor("output.weight"));
         });
