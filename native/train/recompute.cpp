@@ -10,21 +10,68 @@
 
 namespace toy {
 
-static bool is_kept(const ggml_tensor * t) {
+using tensors = std::unordered_set<ggml_tensor *>;
+
+// Handed from block to block: "embeddings", then "blk.<i>.ffn_residual".
+static bool is_between_blocks(const ggml_tensor * t) {
     const std::string name = t->name, end = ".ffn_residual";
     return name == "embeddings" || (name.size() > end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0);
+}
+
+static tensors inside_blocks(ggml_cgraph * graph, int n_forward) {
+    int first = n_forward, last = -1;
+    for (int i = 0; i < n_forward; i++) {
+        if (is_between_blocks(ggml_graph_node(graph, i))) {
+            first = std::min(first, i);
+            last  = i;
+        }
+    }
+    tensors out;
+    for (int i = first; i < last; i++) {
+        ggml_tensor * t = ggml_graph_node(graph, i);
+        if (t->op != GGML_OP_NONE && !is_between_blocks(t)) {
+            out.insert(t);
+        }
+    }
+    return out;
+}
+
+// The gradients of norms and activation functions read what went in, so that it is there; what came out is read by the product after them only.
+static tensors cheap(ggml_cgraph * graph, int n_forward) {
+    tensors out;
+    for (int i = 0; i < n_forward; i++) {
+        ggml_tensor * t = ggml_graph_node(graph, i);
+        switch (t->op) {
+            case GGML_OP_RMS_NORM:
+            case GGML_OP_NORM:
+            case GGML_OP_UNARY:
+            case GGML_OP_GLU:
+            case GGML_OP_DROPOUT:
+                out.insert(t);
+                break;
+            case GGML_OP_MUL:   // a norm's gain
+            case GGML_OP_ADD:   // and bias
+                if (out.count(t->src[0]) && (t->src[1]->op == GGML_OP_NONE)) {
+                    out.insert(t);
+                }
+                break;
+            default:
+                break;
+        }
+    }
+    return out;
 }
 
 namespace {
 
 struct recomputation {
     ggml_context *                                   ctx;
-    std::unordered_set<ggml_tensor *>                inside;   // forward nodes of the blocks that are not kept
-    std::unordered_map<ggml_tensor *, ggml_tensor *> again;    // -> their second computation
+    tensors                                          dropped;   // nodes of the forward pass that are not kept
+    std::unordered_map<ggml_tensor *, ggml_tensor *> again;     // -> their second computation
 
     // t as a gradient is to see it
     ggml_tensor * of(ggml_tensor * t) {
-        if (inside.count(t) == 0) {
+        if (dropped.count(t) == 0) {
             return t;
         }
         if (const auto it = again.find(t); it != again.end()) {
@@ -52,22 +99,8 @@ struct recomputation {
 
 }   // namespace
 
-ggml_cgraph * recompute_blocks(ggml_context * ctx, ggml_cgraph * graph, int n_forward) {
-    // the blocks: from the first kept tensor to the last
-    int first = n_forward, last = -1;
-    for (int i = 0; i < n_forward; i++) {
-        if (is_kept(ggml_graph_node(graph, i))) {
-            first = std::min(first, i);
-            last  = i;
-        }
-    }
-    recomputation r = { ctx, {}, {} };
-    for (int i = first; i < last; i++) {
-        ggml_tensor * t = ggml_graph_node(graph, i);
-        if (t->op != GGML_OP_NONE && !is_kept(t)) {
-            r.inside.insert(t);
-        }
-    }
+ggml_cgraph * recompute_activations(ggml_context * ctx, ggml_cgraph * graph, int n_forward, recompute what) {
+    recomputation r   = { ctx, what == recompute::CHEAP ? cheap(graph, n_forward) : inside_blocks(graph, n_forward), {} };
     // in the old order: what a gradient needs and is not there yet comes right before it
     ggml_cgraph * out = ggml_new_graph_custom(ctx, graph->size, false);
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {

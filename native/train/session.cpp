@@ -133,9 +133,7 @@ void session::build_step() {
         }
     }
     ggml_build_backward_expand(ctx_graph, graph, grad_accs.data());
-    if (cfg.train.recompute) {
-        graph = recompute_blocks(ctx_graph, graph, n_forward);
-    }
+    graph = recompute_activations(ctx_graph, graph, n_forward, cfg.train.recompute ? recompute::BLOCKS : recompute::CHEAP);
     find_first_sums();
 
     galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
