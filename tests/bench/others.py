@@ -26,6 +26,7 @@ from toy_side import ToyRun, command, environment, smollm2, train_words
 HERE = Path(__file__).resolve().parent
 PROMPT = 512  # tokens of the long prompt
 ANSWER = 64  # tokens of the answer
+FINETUNE_TEXT = 5_000  # characters: half a minute of llama.cpp's training
 
 
 @dataclass
@@ -211,7 +212,8 @@ def finetune(program: Path, toy_seconds: float, threads: int, quiet: Quiet) -> l
     with tempfile.TemporaryDirectory(prefix="toy-bench-") as name:
         folder = Path(name)
         text = folder / "text.txt"
-        text.write_text((HERE.parents[1] / "data" / "gates" / "shakespeare-20k.txt").read_text(encoding="utf-8"))
+        excerpt = HERE.parents[1] / "data" / "gates" / "shakespeare-20k.txt"
+        text.write_text(excerpt.read_text(encoding="utf-8")[:FINETUNE_TEXT], encoding="utf-8")
         # the same weights in f32, with their tokenizer: what one step of warm-start leaves
         words = ["train", "warm-start", "--model", str(gguf), "--corpus", str(text), "--steps", "1", "--out", "run"]
         words += ["--set", "model.context=256", "--set", "train.batch=1", "--no-sample", "--set", "eval.batches=1"]
