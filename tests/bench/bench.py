@@ -47,28 +47,29 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def start_torch(shape: Shape, dtype: str, modes: tuple[str, ...], threads: int, cell: Cell) -> dict[str, TorchRun]:
-    runs = {}
-    for mode in modes if is_installed() else ():
-        begun = time.monotonic()
-        run = TorchRun(shape, mode, dtype, threads)
-        if not run.version:
-            say(f"  PyTorch ({mode}) does not run here: {run.said()}")
-            cell.notes.append(f"PyTorch ({mode}) did not run: {run.said()}")
-            run.close()
-            continue
-        say(f"  PyTorch ({mode}) is ready after {time.monotonic() - begun:.0f} s")
-        runs[mode] = run
-        cell.version = run.version
-        cell.sides[mode] = Side(mode)
+def start_torch(
+    shape: Shape, dtypes: list[str], modes: tuple[str, ...], threads: int, stack: ExitStack
+) -> dict[str, list[TorchRun]]:
+    """PyTorch's side of a shape, all of it at once: compiling takes one core for long. Data type -> runs."""
+    begun = time.monotonic()
+    runs: dict[str, list[TorchRun]] = {dtype: [] for dtype in dtypes}
+    for dtype in dtypes if is_installed() else ():
+        for mode in modes:
+            runs[dtype].append(TorchRun(shape, mode, dtype, threads))
+            stack.callback(runs[dtype][-1].close)
+    for dtype, started in runs.items():
+        for run in started:
+            if not run.is_ready():
+                say(f"  PyTorch ({run.mode}, {dtype}) does not run here: {run.said()}")
+    if is_installed():
+        say(f"  PyTorch is ready after {time.monotonic() - begun:.0f} s")
     return runs
 
 
 def measure(
-    shape: Shape, dtype: str, modes: tuple[str, ...], rounds: int, threads: int, roof: Roof, quiet: Quiet
+    shape: Shape, dtype: str, runs: list[TorchRun], rounds: int, threads: int, roof: Roof, quiet: Quiet
 ) -> Cell:
     """One cell of the table."""
-    say(f"{shape.name} {dtype}")
     cell = Cell(shape, dtype)
     with ExitStack() as stack:
         turns: dict[str, Callable[[], None]] = {}
@@ -79,13 +80,14 @@ def measure(
             cell.sides["toy"] = Side("toy")
             turns["toy"] = lambda: cell.sides["toy"].rounds.append(toy.turn())
         except Unavailable as reason:
-            say(f"  toy: {reason}")
+            say(f"    toy: {reason}")
             cell.notes.append(f"toy: {reason}")
-        runs = start_torch(shape, dtype, modes, threads, cell)
-        for mode, run in runs.items():
-            stack.callback(run.close)
-            stack.enter_context(waiting(quiet, [run.process.pid]))
-            turns[mode] = partial(lambda mode, run: cell.sides[mode].rounds.append(run.turn()), mode, run)
+        for run in runs:
+            if not run.version:
+                cell.notes.append(f"PyTorch ({run.mode}) did not run: {run.said()}")
+                continue
+            cell.version, cell.sides[run.mode] = run.version, Side(run.mode)
+            turns[run.mode] = partial(lambda run: cell.sides[run.mode].rounds.append(run.turn()), run)
         roof.ready(dtype)
         quiet.pids.update(roof.pids())
         for _ in range(rounds):
@@ -94,13 +96,14 @@ def measure(
                 quiet.turn(turn, cell.sides[name].rounds.pop)
             quiet.turn(lambda: cell.take_roof(roof, ROOF), cell.forget_roof)
             speeds = ", ".join(f"{name} {speed_text(shape, cell.sides[name].rounds[-1])}" for name in turns)
-            say(f"  {speeds} {shape.unit}; roof {cell.roof():.0f} GFLOP/s")
+            say(f"    {speeds} {shape.unit}; roof {cell.roof():.0f} GFLOP/s")
             sit_out(cell, turns)
         if "toy" in turns:
             cell.sides["toy"].peak_rss_bytes, cell.command_line_bytes = toy.peaks()
             cell.parameters = int(toy.start.get("parameters") or 0)
-        for mode, run in runs.items():
-            cell.sides[mode].peak_rss_bytes = run.peak_rss_bytes
+        for run in runs:
+            if run.version:
+                cell.sides[run.mode].peak_rss_bytes = run.peak_rss_bytes
     return cell
 
 
@@ -163,8 +166,13 @@ def main() -> None:
             shape = SHAPES[name]
             if args.steps:
                 shape = dataclasses.replace(shape, warm=1, measured=args.steps)
-            for dtype in dtypes:
-                report.cells.append(measure(shape, dtype, modes, args.rounds, threads, roof, quiet))
+            say(name)
+            with ExitStack() as stack:
+                runs = start_torch(shape, dtypes, modes, threads, stack)
+                stack.enter_context(waiting(quiet, [run.process.pid for each in runs.values() for run in each]))
+                for dtype in dtypes:
+                    say(f"  {dtype}")
+                    report.cells.append(measure(shape, dtype, runs[dtype], args.rounds, threads, roof, quiet))
         if not args.no_others:
             say("infer, beginnings, memory")
             report.figures += others.infer(threads, args.rounds, quiet)

@@ -66,7 +66,7 @@ class LlamaCpp(Worker):
 
     def __init__(self, gguf: Path, threads: int) -> None:
         super().__init__("llama_cpp_worker.py", str(gguf), str(threads))
-        self.version = (self.ask("decode 2") or {}).get("version", "")
+        self.version: str = (self.ask("decode 2") or {}).get("version", "")
 
     def speed(self, what: str, n: int) -> float:
         answer = self.ask(f"{what} {n}")

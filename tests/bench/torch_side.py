@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import statistics
@@ -30,17 +31,24 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
         )  # fmt: skip
 
-    def ask(self, line: str) -> dict[str, Any] | None:
-        """None: it has ended."""
+    def send(self, line: str) -> None:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
+        with contextlib.suppress(OSError):  # it has ended: there will be no answer
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-            answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+
+    def answer(self) -> dict[str, Any] | None:
+        """None: it has ended."""
+        assert self.process.stdout is not None
+        try:
+            found: dict[str, Any] = json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
             return None
-        return answer
+        return found
+
+    def ask(self, line: str) -> dict[str, Any] | None:
+        self.send(line)
+        return self.answer()
 
     def said(self) -> str:
         """The last line of what it wrote for people."""
@@ -55,14 +63,20 @@ class Worker:
 
 
 class TorchRun(Worker):
-    """A training, eager or compiled. `version` is "" when it does not run here (no compiler, no peft, …)."""
+    """A training, eager or compiled, that begins to compile when it is made."""
 
     def __init__(self, shape: Shape, mode: str, dtype: str, threads: int) -> None:
         super().__init__("torch_worker.py", "train", json.dumps(shape.values()), mode, dtype, str(threads))
         self.shape, self.mode = shape, mode
-        answer = self.ask("2")  # it compiles here
-        self.version: str = answer["version"] if answer else ""
+        self.version = ""
         self.peak_rss_bytes = 0
+        self.send("2")
+
+    def is_ready(self) -> bool:
+        """Waits until it has compiled. False: it does not run here (no compiler, no peft, …)."""
+        answer = self.answer()
+        self.version = answer["version"] if answer else ""
+        return answer is not None
 
     def turn(self) -> float:
         """Seconds a step: the median of a round."""
