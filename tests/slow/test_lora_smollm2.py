@@ -11,7 +11,10 @@ import pytest
 from harness import EXCERPT, Toy, sets, write_jsonl
 from made_up import pairs
 
-STEPS, BATCH, RANK, LEARNING_RATE = 200, 8, 16, 1e-3
+STEPS, BATCH, RANK, LEARNING_RATE = 250, 8, 16, 1e-3
+# Without decay the answers are learned as well, but AdamW goes on moving what they do not need: the perplexity of other
+# text is up by half.
+WEIGHT_DECAY = 15
 N_VALIDATION = 30  # other words for facts that training tells
 N_ASKED = 30
 
@@ -37,7 +40,8 @@ def test_it_learns_made_up_answers(toy: Toy, smollm: Path) -> None:
 
     base = {corpus: measure(smollm, corpus) for corpus in (held_out, EXCERPT)}
     knobs = {
-        "data.val_corpus": held_out, "train.batch": BATCH, "train.learning_rate": LEARNING_RATE, "eval.every": 50,
+        "data.val_corpus": held_out, "train.batch": BATCH, "train.learning_rate": LEARNING_RATE,
+        "train.weight_decay": WEIGHT_DECAY, "eval.every": 50,
     }  # fmt: skip
     flags = ("--model", smollm, "--corpus", train, "--rank", RANK, "--steps", STEPS, "--out", "run", "--no-sample")
     document = toy("train", "lora", *flags, *sets(knobs), "--json", timeout=7000).ok().document
@@ -57,6 +61,4 @@ def test_it_learns_made_up_answers(toy: Toy, smollm: Path) -> None:
     )
     assert drop >= 1 / 3
     assert right >= 0.9 * N_ASKED
-    if growth >= 0.10:
-        # 37.0 -> 55.8 on Shakespeare; 45.5 at a learning rate of 3e-4, which has not learned the answers
-        pytest.xfail(f"perplexity of other text is up by {growth:.0%}, and 10 % is the aim")
+    assert growth < 0.10

@@ -10,7 +10,8 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
     # Weights that know something already: a third of the rate of new ones.
     "warm-start": {"model.init": "donor", "train.learning_rate": 3e-4},
     # B begins at zero and the base stays as it is, so the rate can be higher than for the base's own weights. Few
-    # examples, seen a few times; no decay, which would pull the adapter back to nothing.
+    # examples, seen a few times. No decay: a strong one (15) keeps an adapter from changing more than its examples
+    # ask for, and is for those whose other abilities have to stay (tests/slow/test_lora_smollm2.py).
     "lora": {
         "train.steps": 300,
         "train.batch": 8,
