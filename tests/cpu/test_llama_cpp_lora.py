@@ -61,24 +61,36 @@ def adapted(
     assert hashlib.sha256(base.read_bytes()).hexdigest() == before
 
 
-#: Both sides round the other side of a product as the matrix' type has it: to eight bits in blocks, or to f16, where
-#: sums in another order are 6e-4 apart after a few tokens. Models as small as these do not carry such roundings on.
-NOISE = 1e-3
+#: Sums in another order are 1e-5 apart. Where a matrix is quantised or f16, both sides also round the other side of
+#: its product, to eight bits in blocks or to f16, and 1e-7 can decide to which side: such a token, and what attends to
+#: it, is up to 0.04 apart in models as small as these.
+NOISE, ROUNDED = 1e-3, 0.1
+
+
+def differences(ours: Any, top: Any, same: int) -> list[float]:
+    """Of each token, the largest difference of its log-probabilities."""
+    return [worst([mine], [theirs]) for mine, theirs in zip(candidates(ours)[:same], top[:same], strict=True)]
+
+
+def check(found: list[float], rounds: bool) -> None:
+    assert max(found) < (ROUNDED if rounds else NOISE), found
+    assert np.mean(np.array(found) < NOISE) > 0.75, found
 
 
 def test_llama_cpp_says_the_same(adapted: tuple[str, Path, Trained], toy: Toy) -> None:
-    _, base, run = adapted
+    kind, base, run = adapted
     adapter = run.run / "weights" / "adapter.gguf"
     server, plain = load(base, adapter=adapter, context=128), load(base, context=128)
-    moved = 0.0
+    moved, found = 0.0, []
     for prompt in PROMPTS[:3]:
         ours = infer(toy, base, "--adapter", adapter, "--prompt", prompt, n=40)
         ids, top = server.greedy(ours["prompt_ids"], len(ours["ids"]), 5)  # ours may end an answer
         same = same_up_to_a_tie(ours, ids, top)
-        assert worst(candidates(ours)[:same], top[:same]) < NOISE
+        found += differences(ours, top, same)
         _, without = plain.greedy(ours["prompt_ids"], 1, 5)
         moved = max(moved, abs(candidates(ours)[0][0][1] - dict(without[0]).get(candidates(ours)[0][0][0], -9)))
     assert moved > 0.05, "the adapter does nothing"
+    check(found, rounds=kind not in ("f32", "qwen2"))
 
 
 def test_the_file_is_in_llama_cpps_format(adapted: tuple[str, Path, Trained]) -> None:
@@ -119,7 +131,7 @@ def test_what_is_frozen_is_written_as_it_began(built: None, toy: Toy) -> None:
     ours = infer(toy, toy.cwd / "run", "--prompt", PROMPTS[0], n=20)
     ids, top = server.greedy(ours["prompt_ids"], len(ours["ids"]), 5)
     same = same_up_to_a_tie(ours, ids, top)
-    assert worst(candidates(ours)[:same], top[:same]) < NOISE
+    check(differences(ours, top, same), rounds=True)
 
 
 def test_a_decoder_with_the_adapter_says_what_the_run_says(adapted: tuple[str, Path, Trained], toy: Toy) -> None:
