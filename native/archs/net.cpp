@@ -69,6 +69,19 @@ tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
     return ggml_reshape_2d(ctx, out, D * H, T * B);
 }
 
+tensor net::attention_qkv(int il, tensor qkv, int64_t T, bool causal) const {
+    const int64_t D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv, B = qkv->ne[1] / T;
+    qkv = ggml_reshape_4d(ctx, qkv, D, H + 2 * K, T, B);
+    if (cache) {
+        const auto heads = [&](int64_t first, int64_t n) {
+            return ggml_view_4d(ctx, qkv, D, n, T, B, qkv->nb[1], qkv->nb[2], qkv->nb[3], first * qkv->nb[1]);
+        };
+        return attention(il, heads(0, H), ggml_cont(ctx, heads(H, K)), ggml_cont(ctx, heads(H + K, K)), causal);
+    }
+    tensor out = ggml_attn_qkv(ctx, qkv, K, 1.0f / std::sqrt((float) D), causal);   // [D, H, T, B]
+    return ggml_reshape_2d(ctx, out, D * H, T * B);
+}
+
 std::string block_name(int il) {
     return "blk." + std::to_string(il) + ".";
 }

@@ -25,8 +25,9 @@ static const std::vector<shape> SHAPES = {
     { 12, 8, 2, 5, 5, 1, true },     { 9, 2, 1, 300, 300, 1, true },   { 256, 2, 1, 9, 120, 1, true },
 };
 
-// how q, k and v lie: one after the other, or as parts of the rows of one product, as heads before tokens, and with gaps
-enum class layout { plain, shared, permuted, gaps };
+// how q, k and v lie: one after the other, or as parts of the rows of one product (and their gradients likewise, or not), as heads
+// before tokens, and with gaps
+enum class layout { plain, joint, shared, permuted, gaps };
 
 static ggml_tensor * new_heads(ggml_context * ctx, layout l, int64_t D, int64_t N, int64_t T, int64_t B, float scale = 1.0f) {
     switch (l) {
@@ -42,19 +43,24 @@ static ggml_tensor * new_heads(ggml_context * ctx, layout l, int64_t D, int64_t 
 }
 
 struct operands {
-    ggml_tensor *q, *k, *v;
-    float        scale;
+    ggml_tensor * q, *k, *v;
+    float         scale;
+    ggml_tensor * qkv = nullptr;   // layout::joint
+
+    ggml_tensor * attn(ggml_context * ctx, bool causal) const {
+        return qkv ? ggml_attn_qkv(ctx, qkv, k->ne[1], scale, causal) : ggml_attn(ctx, q, k, v, scale, causal);
+    }
 };
 
 static operands new_operands(ggml_context * ctx, const shape & s, layout l) {
     // scores of a few units, so that the softmax is neither flat nor a step
     const float scale = 3.0f / std::sqrt((float) s.D);
-    if (l == layout::shared) {
+    if (l == layout::shared || l == layout::joint) {
         ggml_tensor * t    = new_f32(ctx, { s.D, s.H + 2 * s.K, std::max(s.T, s.S), s.B });
         const auto    view = [&](int64_t first, int64_t n, int64_t rows) {
             return ggml_view_4d(ctx, t, s.D, n, rows, s.B, t->nb[1], t->nb[2], t->nb[3], first * t->nb[1]);
         };
-        return { view(0, s.H, s.T), view(s.H, s.K, s.S), view(s.H + s.K, s.K, s.S), scale };
+        return { view(0, s.H, s.T), view(s.H, s.K, s.S), view(s.H + s.K, s.K, s.S), scale, l == layout::joint ? t : nullptr };
     }
     return { new_heads(ctx, l, s.D, s.H, s.T, s.B, 2.0f), new_heads(ctx, l, s.D, s.K, s.S, s.B, 2.0f), new_heads(ctx, l, s.D, s.K, s.S, s.B), scale };
 }
@@ -108,18 +114,44 @@ static reference reference_of(const shape & s, const operands & x, const ggml_te
     return r;
 }
 
+// the gradient of one product as if it were one of three tensors
+static std::vector<float> apart(const shape & s, const std::vector<float> & grad) {
+    const int64_t      heads[3] = { s.H, s.K, s.K };
+    std::vector<float> parts;
+    int64_t            first = 0;
+    for (const int64_t n : heads) {
+        for (int64_t t = 0; t < s.T * s.B; ++t) {
+            const auto row = grad.begin() + (t * (s.H + 2 * s.K) + first) * s.D;
+            parts.insert(parts.end(), row, row + n * s.D);
+        }
+        parts.resize(GGML_PAD(parts.size() * sizeof(float), GGML_MEM_ALIGN) / sizeof(float));
+        first += n;
+    }
+    return parts;
+}
+
 static void test_values(const shape & s, layout l, const std::string & name) {
     context                  ctx;
     const operands           x    = new_operands(ctx, s, l);
-    ggml_tensor *            dout = new_heads(ctx, l == layout::shared ? layout::plain : l, s.D, s.H, s.T, s.B);
+    const bool               rows = l == layout::shared || l == layout::joint;
+    ggml_tensor *            dout = new_heads(ctx, rows ? layout::plain : l, s.D, s.H, s.T, s.B);
     const reference          want = reference_of(s, x, dout);
-    ggml_tensor *            out  = ggml_attn(ctx, x.q, x.k, x.v, x.scale, s.causal);
+    ggml_tensor *            out  = x.attn(ctx, s.causal);
     const std::vector<float> got  = run(ctx, out, name);
     compare(got, want.out, 5e-6, name);   // scores of up to 20, rounded to 2^-24 of that
 
+    ggml_tensor *      back = ggml_attn_back(ctx, dout, out);
+    std::vector<float> grad = run(ctx, back, name + " back");
+    std::vector<float> separate;
+    if (x.qkv) {
+        check(ggml_are_same_shape(back, x.qkv), name + " back: one gradient");
+        grad                = apart(s, grad);
+        ggml_tensor * parts = ggml_attn(ctx, x.q, x.k, x.v, x.scale, s.causal);
+        check(run(ctx, parts, name) == got, name + ": the bits of operands that are given one by one");
+        separate = run(ctx, ggml_attn_back(ctx, dout, parts), name + " back");
+    }
     // the parts of the gradient follow each other, padded to GGML_MEM_ALIGN
-    const std::vector<float> grad = run(ctx, ggml_attn_back(ctx, dout, out), name + " back");
-    size_t                   at   = 0;
+    size_t at = 0;
     for (const std::vector<double> * part : { &want.dq, &want.dk, &want.dv }) {
         const std::vector<float> got_part(grad.begin() + at, grad.begin() + at + part->size());
         const std::string        part_name = name + " back, from " + std::to_string(at);
@@ -129,6 +161,8 @@ static void test_values(const shape & s, layout l, const std::string & name) {
         } else {
             compare(got_part, *part, 5e-6, part_name);
         }
+        check(!x.qkv || std::equal(got_part.begin(), got_part.end(), separate.begin() + at),
+              part_name + ": the bits of operands that are given one by one");
         at += GGML_PAD(part->size() * sizeof(float), GGML_MEM_ALIGN) / sizeof(float);
     }
     check(at == grad.size(), name + " back: size");
@@ -200,6 +234,11 @@ int main() {
         test_values(s, layout::permuted, s.name() + " permuted");
         test_values(s, layout::gaps, s.name() + " gaps");
     }
+    for (const shape & s : SHAPES) {
+        if (s.T == s.S) {
+            test_values(s, layout::joint, s.name() + " joint");
+        }
+    }
     for (const shape & s : { shape{ 6, 9, 3, 10, 10, 2, true }, shape{ 16, 2, 1, 70, 70, 1, true }, shape{ 5, 4, 2, 2, 9, 2, true },
                              shape{ 8, 3, 3, 20, 20, 2, false } }) {
         check_gradients(
@@ -207,6 +246,21 @@ int main() {
             [&](ggml_context * ctx) {
                 const operands x = new_operands(ctx, s, layout::plain);
                 return function{ ggml_attn(ctx, x.q, x.k, x.v, 0.4f, s.causal), { x.q, x.k, x.v } };
+            },
+            1e-2f, 1e-3);
+    }
+    for (const shape & s : { shape{ 6, 9, 3, 10, 10, 2, true }, shape{ 16, 2, 1, 70, 70, 1, true }, shape{ 8, 3, 3, 20, 20, 2, false } }) {
+        check_gradients(
+            s.name() + " of a product",
+            [&](ggml_context * ctx) {
+                ggml_tensor * w    = new_f32(ctx, { 12, s.D * (s.H + 2 * s.K) }, 0.5f);
+                ggml_tensor * x    = new_f32(ctx, { 12, s.T * s.B });
+                ggml_tensor * qkv  = ggml_mul_mat(ctx, w, x);
+                ggml_tensor * attn = ggml_attn_qkv(ctx, ggml_reshape_4d(ctx, qkv, s.D, s.H + 2 * s.K, s.T, s.B), s.K, 0.4f, s.causal);
+                // the product is used once more, so that gradients meet
+                return function{ ggml_add(ctx, ggml_reshape_2d(ctx, attn, s.D * s.H, s.T * s.B),
+                                          ggml_scale(ctx, ggml_cont(ctx, ggml_view_2d(ctx, qkv, s.D * s.H, s.T * s.B, qkv->nb[1], 0)), 0.1f)),
+                                 { w, x } };
             },
             1e-2f, 1e-3);
     }
