@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -62,17 +63,40 @@ inline float get(const ggml_tensor * t, int64_t i0, int64_t i1 = 0, int64_t i2 =
     return *(const float *) ((const char *) t->data + i0 * t->nb[0] + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
 }
 
+// Memory for tensors, full of NaN where nothing has been put: what is read before it is written shows
 struct context {
-    ggml_context * ctx = ggml_init({ 256 * 1024 * 1024, nullptr, false });
-    ~context() { ggml_free(ctx); }
+    inline static const size_t n_bytes = 256 * 1024 * 1024;
+
+    inline static std::vector<void *> unused;   // given back, full of NaN again
+
+    void *         memory;
+    ggml_context * ctx;
+
+    context() {
+        if (unused.empty()) {
+            unused.push_back(memset(malloc(n_bytes), 0xff, n_bytes));
+        }
+        memory = unused.back();
+        unused.pop_back();
+        ctx = ggml_init({ n_bytes, memory, false });
+    }
+    context(const context &) = delete;
+    ~context() {
+        memset(memory, 0xff, ggml_used_mem(ctx));
+        unused.push_back(memory);
+        ggml_free(ctx);
+    }
     operator ggml_context *() { return ctx; }
 };
 
+// The work memory is full of NaN, so that what an operation reads there and has not written shows, and ends where the plan says
 inline void compute(ggml_cgraph * graph, int n_threads) {
-    ggml_cplan           plan = ggml_graph_plan(graph, n_threads, nullptr);
-    std::vector<uint8_t> work(plan.work_size);
+    static const size_t  n_after = 4096;
+    ggml_cplan           plan    = ggml_graph_plan(graph, n_threads, nullptr);
+    std::vector<uint8_t> work(plan.work_size + n_after, 0xff);
     plan.work_data = work.data();
     ggml_graph_compute(graph, &plan);
+    check(std::all_of(work.end() - n_after, work.end(), [](uint8_t x) { return x == 0xff; }), "nothing is written after the work memory");
 }
 
 inline ggml_cgraph * graph_of(ggml_context * ctx, ggml_tensor * out) {
@@ -81,7 +105,7 @@ inline ggml_cgraph * graph_of(ggml_context * ctx, ggml_tensor * out) {
     return graph;
 }
 
-// the values of out, computed with 1, 2 and 3 threads, which have to be the same bytes
+// the values of out, computed with 1, 2, 3 and 7 threads, which have to be the same bytes
 inline std::vector<float> run(ggml_context * ctx, ggml_tensor * out, const std::string & name) {
     ggml_cgraph *      graph = graph_of(ctx, out);
     std::vector<float> first;
@@ -98,15 +122,16 @@ inline std::vector<float> run(ggml_context * ctx, ggml_tensor * out, const std::
     return first;
 }
 
+// the largest error, as a share of the largest value
 inline void compare(const std::vector<float> & got, const std::vector<double> & want, double limit, const std::string & name) {
     double scale = 0.0;
-    double error = 0.0;
-    for (size_t i = 0; i < want.size(); ++i) {
+    double error = got.size() == want.size() ? 0.0 : INFINITY;
+    for (size_t i = 0; i < std::min(got.size(), want.size()); ++i) {
         scale = std::max(scale, std::fabs(want[i]));
-        error = std::max(error, std::isfinite(got[i]) ? std::fabs(got[i] - want[i]) : INFINITY);
+        error = std::max(error, std::isfinite(got[i]) && std::isfinite(want[i]) ? std::fabs(got[i] - want[i]) : INFINITY);
     }
     error /= std::max(scale, 1e-30);
-    check(got.size() == want.size() && error <= limit, name, error, limit);
+    check(error <= limit, name, error, limit);
 }
 
 // --- gradients ------------------------------------------------------------------------------------------------------
@@ -115,6 +140,44 @@ struct function {
     ggml_tensor *              out;
     std::vector<ggml_tensor *> params;
 };
+
+// all of t, contiguous
+inline std::vector<float> values_of(const ggml_tensor * t) {
+    std::vector<float> values;
+    for (int64_t j = 0; j < ggml_nelements(t); ++j) {
+        const int64_t i0 = j % t->ne[0], i1 = j / t->ne[0] % t->ne[1], i2 = j / t->ne[0] / t->ne[1] % t->ne[2],
+                      i3 = j / t->ne[0] / t->ne[1] / t->ne[2];
+        values.push_back(get(t, i0, i1, i2, i3));
+    }
+    return values;
+}
+
+// the gradients of the parameters, computed with 1, 2 and 3 threads: the same bytes; with an accumulator for each parameter, or with none
+inline std::vector<std::vector<float>> gradients_of(ggml_context * ctx, const std::string & name, ggml_tensor * loss,
+                                                    const std::vector<ggml_tensor *> & params, bool accumulate) {
+    ggml_cgraph *              graph = graph_of(ctx, loss);
+    std::vector<ggml_tensor *> accs(ggml_graph_n_nodes(graph), nullptr);
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        ggml_tensor * node = ggml_graph_node(graph, i);
+        accs[i]            = accumulate && (node->flags & GGML_TENSOR_FLAG_PARAM) ? ggml_new_tensor(ctx, GGML_TYPE_F32, 4, node->ne) : nullptr;
+    }
+    ggml_build_backward_expand(ctx, graph, accs.data());
+
+    std::vector<std::vector<float>> first;
+    for (int n_threads : { 1, 2, 3 }) {
+        ggml_graph_reset(graph);
+        compute(graph, n_threads);
+        std::vector<std::vector<float>> grads;
+        for (ggml_tensor * p : params) {
+            grads.push_back(values_of(ggml_graph_get_grad(graph, p)));
+        }
+        first = n_threads == 1 ? grads : first;
+        for (size_t i = 0; i < params.size(); ++i) {
+            check(memcmp(grads[i].data(), first[i].data(), grads[i].size() * sizeof(float)) == 0, name + ": gradient, same bytes with other threads");
+        }
+    }
+    return first;
+}
 
 // d(sum of out*r)/d(param) for a random r, from ggml_build_backward_expand, against central differences
 inline void check_gradients(const std::string & name, const std::function<function(ggml_context *)> & build, float eps, double limit) {
@@ -126,27 +189,12 @@ inline void check_gradients(const std::string & name, const std::function<functi
     ggml_tensor * r    = new_f32(ctx, std::vector<int64_t>(f.out->ne, f.out->ne + 4));
     ggml_tensor * loss = ggml_sum(ctx, ggml_mul(ctx, f.out, r));
     ggml_set_loss(loss);
-    ggml_cgraph * forward  = graph_of(ctx, f.out);
-    ggml_cgraph * backward = graph_of(ctx, loss);
-    ggml_build_backward_expand(ctx, backward, nullptr);
-    ggml_graph_reset(backward);
+    ggml_cgraph * forward = graph_of(ctx, f.out);
 
-    std::vector<std::vector<float>> grads;
-    for (int n_threads : { 1, 2, 3 }) {
-        compute(backward, n_threads);
-        for (size_t i = 0; i < f.params.size(); ++i) {
-            const ggml_tensor * g = ggml_graph_get_grad(backward, f.params[i]);
-            std::vector<float>  values;
-            for (int64_t j = 0; j < ggml_nelements(g); ++j) {
-                const int64_t i0 = j % g->ne[0], i1 = j / g->ne[0] % g->ne[1], i2 = j / g->ne[0] / g->ne[1] % g->ne[2],
-                              i3 = j / g->ne[0] / g->ne[1] / g->ne[2];
-                values.push_back(get(g, i0, i1, i2, i3));
-            }
-            if (n_threads == 1) {
-                grads.push_back(values);
-            }
-            check(memcmp(values.data(), grads[i].data(), values.size() * sizeof(float)) == 0, name + ": gradient, same bytes with other threads");
-        }
+    const std::vector<std::vector<float>> grads = gradients_of(ctx, name, loss, f.params, /*accumulate =*/false);
+    const std::vector<std::vector<float>> accs  = gradients_of(ctx, name, loss, f.params, /*accumulate =*/true);
+    for (size_t i = 0; i < grads.size(); ++i) {   // where several are added up, their order may differ
+        compare(accs[i], std::vector<double>(grads[i].begin(), grads[i].end()), 1e-6, name + ": gradient " + std::to_string(i) + " accumulated");
     }
 
     auto value = [&]() {
