@@ -219,11 +219,43 @@ static void test_adamw_of_many() {
     }
 }
 
+// what reads a weight waits for all threads to have updated it, also where an update that is not computed stands between
+static void test_adamw_then_read() {
+    for (int n_threads : { 2, 3, 7 }) {
+        context       ctx;
+        const int64_t n = 1000, rows = 600;
+        ggml_tensor * hyper = new_f32(ctx, { 8 });
+        const float   h[8]  = { 1.0f, 0.0f, 0.0f, 1e-8f, 0.0f, 1.0f, 1.0f, 1.0f };   // w -= sign of g
+        memcpy(hyper->data, h, sizeof(h));
+        ggml_cgraph * graph = ggml_new_graph(ctx);
+        ggml_tensor * first = nullptr;
+        for (bool is_computed : { true, false }) {
+            ggml_tensor *w = new_f32(ctx, { n, rows }, 0.0f), *m = new_f32(ctx, { n, rows }), *v = new_f32(ctx, { n, rows });
+            ggml_set_param(w);
+            ggml_tensor * g = ggml_set_f32(ggml_dup_tensor(ctx, w), -1.0f);
+            ggml_tensor * u = ggml_opt_step_adamw(ctx, w, g, m, v, hyper);
+            ggml_build_forward_expand(graph, u);
+            first = is_computed ? u : first;
+            u->flags &= is_computed ? ~0 : ~GGML_TENSOR_FLAG_COMPUTE;
+        }
+        // rows of the last thread, read by the first one
+        ggml_tensor * sum = ggml_sum(ctx, ggml_view_2d(ctx, first, n, 20, first->nb[1], (rows - 20) * first->nb[1]));
+        ggml_build_forward_expand(graph, sum);
+        bool is_updated = true;
+        for (int step = 1; step <= 50; ++step) {
+            compute(graph, n_threads);
+            is_updated = is_updated && std::fabs(ggml_get_data_f32(sum)[0] - 20.0f * (float) n * (float) step) < 1.0f;
+        }
+        check(is_updated, "adamw, then a reader, " + std::to_string(n_threads) + " threads");
+    }
+}
+
 int main() {
     ggml_cpu_init();
     test_rope();
     test_swiglu_back();
     test_get_rows_back();
     test_adamw_of_many();
+    test_adamw_then_read();
     return summary("test-elementwise");
 }
