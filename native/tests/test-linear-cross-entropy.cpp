@@ -8,11 +8,12 @@ struct shape {
     int       keep;   // one of `keep` labels is not masked; 0: all are masked
     ggml_type type;
     bool      bf16 = false;   // products of operands rounded to bf16
+    int64_t   gap  = 0;       // elements between two rows, of everything that has rows
 };
 
 static std::string name_of(const shape & s) {
     return std::string("linear_cross_entropy ") + ggml_type_name(s.type) + " " + std::to_string(s.n_embd) + " x " + std::to_string(s.n_vocab) +
-           ", tokens " + std::to_string(s.n_tokens) + (s.bf16 ? ", in bf16" : "") +
+           ", tokens " + std::to_string(s.n_tokens) + (s.bf16 ? ", in bf16" : "") + (s.gap ? ", rows with gaps" : "") +
            (s.keep == 0  ? ", all masked"
             : s.keep > 1 ? ", some masked"
                          : "");
@@ -23,13 +24,17 @@ struct problem {
     bool         bf16;
 
     problem(ggml_context * ctx, const shape & s) : bf16(s.bf16) {
-        x                   = new_f32(ctx, { s.n_embd, s.n_tokens }, 2.0f);
-        ggml_tensor * w_f32 = new_f32(ctx, { s.n_embd, s.n_vocab });
+        const auto    rows  = [&](ggml_tensor * t) { return s.gap ? ggml_view_2d(ctx, t, s.n_embd, t->ne[1], t->nb[1], 0) : t; };
+        const int64_t width = s.n_embd + s.gap;
+
+        x                   = rows(new_f32(ctx, { width, s.n_tokens }, 2.0f));
+        ggml_tensor * w_f32 = new_f32(ctx, { width, s.n_vocab });
         w                   = w_f32;
         if (s.type != GGML_TYPE_F32) {
-            w = ggml_new_tensor_2d(ctx, s.type, s.n_embd, s.n_vocab);
-            ggml_quantize_chunk(s.type, ggml_get_data_f32(w_f32), w->data, 0, s.n_vocab, s.n_embd, nullptr);
+            w = ggml_new_tensor_2d(ctx, s.type, width, s.n_vocab);
+            ggml_quantize_chunk(s.type, ggml_get_data_f32(w_f32), w->data, 0, s.n_vocab, width, nullptr);
         }
+        w = rows(w);
         std::vector<int32_t> ids(s.n_tokens, -1);
         for (int64_t i = 0; i < s.n_tokens; i++) {
             if (s.keep > 0 && i % s.keep == s.keep / 2) {
@@ -39,8 +44,8 @@ struct problem {
         labels = new_i32(ctx, ids);
         scale  = new_scalar(ctx, 0.3f / (float) s.n_tokens);
         grad   = new_scalar(ctx, 1.5f);
-        dx     = new_f32(ctx, { s.n_embd, s.n_tokens });
-        dw     = s.type == GGML_TYPE_F32 ? new_f32(ctx, { s.n_embd, s.n_vocab }) : nullptr;
+        dx     = rows(new_f32(ctx, { width, s.n_tokens }));
+        dw     = s.type == GGML_TYPE_F32 ? rows(new_f32(ctx, { width, s.n_vocab })) : nullptr;
     }
 
     ggml_tensor * loss(ggml_context * ctx) const { return loss_of(ctx, grad, dx, dw); }
@@ -56,7 +61,7 @@ struct problem {
 };
 
 static std::vector<float> values(const ggml_tensor * t) {
-    return t ? std::vector<float>(ggml_get_data_f32(t), ggml_get_data_f32(t) + ggml_nelements(t)) : std::vector<float>();
+    return t ? values_of(t) : std::vector<float>();
 }
 
 // the same in double, from the weights as they are after their conversion
@@ -71,18 +76,20 @@ static expected compute_in_double(const problem & p) {
     std::vector<float> w(C * V);
     if (p.w->type == GGML_TYPE_F32) {
         w = values(p.w);
-    } else {
-        ggml_get_type_traits(p.w->type)->to_float(p.w->data, w.data(), C * V);
     }
-    const double        scale = ggml_get_data_f32(p.scale)[0], grad = ggml_get_data_f32(p.grad)[0];
-    expected            e = { 0, std::vector<double>(C * N), std::vector<double>(C * V) };
-    std::vector<double> l(V);
+    for (int64_t v = 0; v < V && p.w->type != GGML_TYPE_F32; v++) {
+        ggml_get_type_traits(p.w->type)->to_float((const char *) p.w->data + v * p.w->nb[1], w.data() + v * C, C);
+    }
+    const std::vector<float> all_x = values(p.x);
+    const double             scale = ggml_get_data_f32(p.scale)[0], grad = ggml_get_data_f32(p.grad)[0];
+    expected                 e = { 0, std::vector<double>(C * N), std::vector<double>(C * V) };
+    std::vector<double>      l(V);
     for (int64_t i = 0; i < N; i++) {
         const int32_t label = ((const int32_t *) p.labels->data)[i];
         if (label < 0) {
             continue;
         }
-        const float * x   = ggml_get_data_f32(p.x) + i * C;
+        const float * x   = all_x.data() + i * C;
         double        max = -INFINITY, sum = 0;
         for (int64_t v = 0; v < V; v++) {
             l[v] = 0;
@@ -104,6 +111,16 @@ static expected compute_in_double(const problem & p) {
         }
     }
     return e;
+}
+
+// whether what lies between the rows of t is still the byte that was there
+static bool has_gaps_of(const ggml_tensor * t, uint8_t byte) {
+    bool ok = true;
+    for (int64_t i = 0; i + 1 < t->ne[1]; i++) {
+        const uint8_t * row = (const uint8_t *) t->data + i * t->nb[1];
+        ok                  = ok && std::all_of(row + t->ne[0] * t->nb[0], row + t->nb[1], [&](uint8_t x) { return x == byte; });
+    }
+    return ok;
 }
 
 // loss and gradients with 1, 2, 3 and 7 threads: the same bytes, and those that double gives
@@ -131,6 +148,7 @@ static void test_values(const shape & s) {
         };
         check(same(values(loss), first_loss) && same(values(p.dx), first_dx) && same(values(p.dw), first_dw),
               name + ": same bytes with " + std::to_string(n_threads) + " threads");
+        check(has_gaps_of(p.dx, 0xff) && (!p.dw || has_gaps_of(p.dw, 0)), name + ": nothing between the rows is written");
     }
     const expected want  = compute_in_double(p);
     const double   limit = s.bf16 ? 1e-3 : 1e-5;   // bf16: a logit's last bits decide how its gradient is rounded
@@ -143,6 +161,15 @@ static void test_values(const shape & s) {
     }
     if (p.dw) {
         compare(first_dw, want.dw, limit, name + ": dw");
+    }
+
+    // one gradient alone has the bytes of both together
+    if (p.dw) {
+        fill(p.dx);
+        compute(graph_of(ctx, p.loss_of(ctx, p.grad, p.dx, nullptr)), 3);
+        memset(p.dw->data, 0, ggml_nbytes(p.dw));
+        compute(graph_of(ctx, p.loss_of(ctx, p.grad, nullptr, p.dw)), 2);
+        check(values(p.dx) == first_dx && values(p.dw) == first_dw, name + ": one gradient alone");
     }
 
     // a gradient of zero: the loss has the same bytes, and nothing else is touched
@@ -261,6 +288,10 @@ int main() {
         { 64, 256, 256, 1, GGML_TYPE_F32, true },
         { 47, 771, 700, 2, GGML_TYPE_F32, true },
         { 128, 515, 37, 1, GGML_TYPE_Q8_0, true },
+        { 33, 170, 600, 2, GGML_TYPE_F32, false, 3 },
+        { 64, 170, 40, 1, GGML_TYPE_F32, true, 5 },
+        { 64, 515, 40, 1, GGML_TYPE_Q8_0, false, 32 },
+        { 1, 50, 40, 1, GGML_TYPE_F16, false, 1 },
     };
     for (const shape & s : shapes) {
         test_values(s);

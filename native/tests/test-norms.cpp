@@ -172,6 +172,17 @@ static void test_gradients() {
                   ggml_tensor * y = ggml_mul(ctx, z, w);
                   return function{ ggml_add(ctx, rms ? y : ggml_add(ctx, y, b), ggml_silu(ctx, z)), params(x, w, b) };
               } },
+            { "of a view, whose rows have gaps", 0,
+              [&](ggml_context * ctx) {
+                  ggml_tensor * x = some(ctx, { 21, 4 }), *w = some(ctx, { 18 }), *b = some(ctx, { 18 });
+                  ggml_tensor * h = ggml_scale(ctx, x, 2.0f);
+                  return function{ norm(ctx, ggml_view_2d(ctx, h, 18, 4, h->nb[1], sizeof(float)), w, b), params(x, w, b) };
+              } },
+            { "a gain that is computed, and one row", 1,
+              [&](ggml_context * ctx) {
+                  ggml_tensor *x = some(ctx, { 18 }), *w = some(ctx, { 18 });
+                  return function{ norm(ctx, ggml_scale(ctx, x, 2.0f), ggml_silu(ctx, w), ggml_scale(ctx, x, 3.0f)), { x, w } };
+              } },
             { "a gain for each row", 0,
               [&](ggml_context * ctx) {
                   ggml_tensor *x = some(ctx, { 18, 4 }), *w = some(ctx, { 18, 4 }), *b = some(ctx, { 18 });

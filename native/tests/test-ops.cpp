@@ -3,7 +3,7 @@
 
 #include "ops.h"
 
-// --- element-wise, soft_max, rope: no libm --------------------------------------------------------------------------
+// --- element-wise, soft_max: no libm --------------------------------------------------------------------------------
 
 static double silu(double x) {
     return x / (1.0 + std::exp(-x));
@@ -192,42 +192,6 @@ static void test_soft_max() {
         1e-2f, 5e-4);
 }
 
-static void test_rope() {
-    for (int mode : { GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX }) {
-        const std::string          name = "rope mode=" + std::to_string(mode);
-        context                    ctx;
-        const int64_t              d = 20, n_head = 3;
-        const std::vector<int32_t> positions   = { 0, 1, 2, 77, 4095, 100000 };
-        ggml_tensor *              x           = new_f32(ctx, { d, n_head, (int64_t) positions.size(), 2 });
-        ggml_tensor *              pos         = new_i32(ctx, positions);
-        const float                theta_scale = (float) std::pow(10000.0, (double) (-2.0f / d));
-        std::vector<double>        want(ggml_nelements(x));
-        for (int64_t i3 = 0; i3 < 2; ++i3) {
-            for (int64_t i2 = 0; i2 < x->ne[2]; ++i2) {
-                for (int64_t i1 = 0; i1 < n_head; ++i1) {
-                    float theta = (float) positions[i2];   // ggml's own chain of roundings; sine and cosine are what is tested
-                    for (int64_t i = 0; i < d / 2; ++i) {
-                        const int64_t j0 = mode == GGML_ROPE_TYPE_NORMAL ? 2 * i : i, j1 = mode == GGML_ROPE_TYPE_NORMAL ? 2 * i + 1 : i + d / 2;
-                        const double  x0 = get(x, j0, i1, i2, i3), x1 = get(x, j1, i1, i2, i3);
-                        const int64_t row = ((i3 * x->ne[2] + i2) * n_head + i1) * d;
-                        want[row + j0]    = x0 * std::cos((double) theta) - x1 * std::sin((double) theta);
-                        want[row + j1]    = x0 * std::sin((double) theta) + x1 * std::cos((double) theta);
-                        theta *= theta_scale;
-                    }
-                }
-            }
-        }
-        compare(run(ctx, ggml_rope_ext(ctx, x, pos, nullptr, d, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f), name), want, 3e-7, name);
-        check_gradients(
-            name,
-            [&](ggml_context * c) {
-                ggml_tensor * y = new_f32(c, { d, n_head, (int64_t) positions.size(), 2 });
-                return function{ ggml_rope_ext(c, y, new_i32(c, positions), nullptr, d, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f), { y } };
-            },
-            0.5f, 1e-5);
-    }
-}
-
 // --- cross-entropy --------------------------------------------------------------------------------------------------
 
 static void test_cross_entropy_sparse() {
@@ -348,7 +312,6 @@ int main() {
     test_unary();
     test_norm();
     test_soft_max();
-    test_rope();
     test_cross_entropy_sparse();
     test_opt_step_adamw();
     test_sum_sqr();
