@@ -205,12 +205,13 @@ example_files::example_files(const std::string & tokens_path, const std::string 
     }
 }
 
-sequence example_files::example(int64_t i, int context) const {
+sequence example_files::example(int64_t i, int context, bool keep_end) const {
     const int64_t * at    = (const int64_t *) offsets.data;
     const uint8_t * known = (const uint8_t *) mask.data;
-    const int64_t   end = at[i + 1] - 1, start = std::max(at[i], end - context);
+    const int64_t   n     = std::min<int64_t>(at[i + 1] - 1 - at[i], context);
+    const int64_t   start = keep_end ? at[i + 1] - 1 - n : at[i], end = start + n;
     sequence        out;
-    out.cut = start > at[i];
+    out.cut = at[i + 1] - 1 - at[i] > context;
     for (int64_t k = start; k < end; k++) {
         out.tokens.push_back(tokens.tokens[k]);
         out.labels.push_back(known[k + 1] ? tokens.tokens[k + 1] : -1);

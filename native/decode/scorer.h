@@ -20,7 +20,7 @@ namespace toy {
 struct scored {
     double  nll = 0;
     int64_t n   = 0;
-    bool    cut = false;   // the sequence's beginning did not fit
+    bool    cut = false;   // the sequence did not fit
 };
 
 struct classified {
@@ -90,8 +90,8 @@ struct example_files {
 
     example_files(const std::string & tokens, const std::string & offsets, const std::string & mask);   // throws toy::error (missing_file, bad_file)
 
-    // its beginning is cut off where it is longer than the context
-    sequence example(int64_t i, int context) const;
+    // longer than the context: its first tokens, as in training, or with keep_end its last ones
+    sequence example(int64_t i, int context, bool keep_end) const;
 };
 
 }   // namespace toy

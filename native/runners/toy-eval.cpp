@@ -51,7 +51,8 @@ static int evaluate() {
         classify(s, images, n_top);
     } else if (mode == "examples") {
         const toy::example_files examples(toy::env("CORPUS"), toy::env("OFFSETS"), toy::env("MASK"));
-        score(s, "example", examples.n, [&](int64_t i) { return examples.example(i, context); });
+        const bool               keep_end = toy::env("KEEP") == "end";
+        score(s, "example", examples.n, [&](int64_t i) { return examples.example(i, context, keep_end); });
     } else if (mode == "next") {
         const toy::token_file prompt(toy::env("CORPUS"));
         for (const toy::candidate & c : toy::top_logprobs(s.next(prompt.tokens, (int) prompt.n), n_top)) {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import Trained
 from harness import EXCERPT, ROOT, TINY, Toy, read_events, sets, write_jsonl
+from refusals import check_lines
 
 from toy._native import gguf_read
 
@@ -169,15 +170,29 @@ def test_only_what_is_learned_is_scored(toy: Toy, trained: Trained, answers: Pat
     assert found["loss"] == pytest.approx(total / n, abs=CLOSE)
 
 
-def test_what_is_too_long_loses_its_beginning(toy: Toy, trained: Trained) -> None:
-    row = {"prompt": "x" * 100, "completion": "yes"}
-    write_jsonl(toy.cwd / "long.jsonl", row, {**row, "prompt": "x" * 15})
-    found = evaluate(toy, trained.gguf, "--corpus", "long.jsonl", "--context", 18)
-    assert (found["cut"], found["tokens"]) == (1, 8)
-    same = write_tokens(toy.cwd / "same.bin", [*b"x" * 15, *b"yes", 256])
-    after = logprobs(trained.gguf, np.fromfile(same, "<i4")[:-1].tolist())
-    total = -sum(after[14 + n][i] for n, i in enumerate([*b"yes", 256]))
-    assert found["loss"] * 8 == pytest.approx(2 * total, abs=10 * CLOSE)
+def test_an_example_that_is_too_long_loses_its_end(toy: Toy, trained: Trained) -> None:
+    """As in training."""
+    row = {"prompt": "x" * 15, "completion": "yes"}
+    write_jsonl(toy.cwd / "long.jsonl", {**row, "completion": "yes" * 10}, row, {**row, "prompt": "x" * 30})
+    found = evaluate(toy, trained.gguf, "--corpus", "long.jsonl", "--context", 17)
+    assert (found["cut"], found["tokens"], found["bytes"]) == (3, 6, 6)
+    after = logprobs(trained.gguf, list(b"x" * 15 + b"ye"))
+    total = -sum(after[14 + n][i] for n, i in enumerate(b"yes"))
+    assert found["loss"] * 6 == pytest.approx(2 * total, abs=10 * CLOSE)
+
+    message, hint = check_lines(toy("eval", trained.gguf, "--corpus", "long.jsonl", "--context", 14), "bad_file")
+    assert "context of 14" in message
+    assert "--context" in hint
+
+
+def test_a_question_that_is_too_long_loses_its_beginning(toy: Toy, trained: Trained) -> None:
+    write_jsonl(toy.cwd / "q.jsonl", {"question": "x" * 100, "choices": ["yes", "no"], "answer": 0})
+    found = evaluate(toy, trained.gguf, "--choices", "q.jsonl", "--context", 18)
+    assert found["cut"] == 2
+    for choice, score in zip((b" yes", b" no"), found["answers"][0]["log_likelihoods"], strict=True):
+        tokens = list(b"x" * (19 - len(choice)) + choice)
+        after = logprobs(trained.gguf, tokens[:-1])
+        assert score == pytest.approx(sum(after[n - 1][tokens[n]] for n in range(19 - len(choice), 19)), abs=10 * CLOSE)
 
 
 def test_choices_are_ranked_by_likelihood(toy: Toy, trained: Trained) -> None:

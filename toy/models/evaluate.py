@@ -225,6 +225,9 @@ def likelihood_of(
         with files(CORPUS=text.tokens, OFFSETS=text.offsets, MASK=text.mask) as paths:
             keys = {**paths, "MODE": "examples", "BATCH": batch(subject, longest)}
             seconds = run(subject, keys, take)
+        if cut and not sum(counts):
+            message = f"nothing that is learned of the examples fits in a context of {window}"
+            raise ToyError("bad_file", message, "give a longer --context")
         scored = _learned(text, window)
     else:
         if total == 0:
@@ -253,7 +256,7 @@ def _learned(text: Text, window: int) -> np.ndarray[Any, Any]:
     mask[text.offsets[:-1]] = False
     for start, end in zip(text.offsets[:-1], text.offsets[1:], strict=True):
         if end - start > window + 1:
-            mask[start : end - window] = False
+            mask[start + window + 1 : end] = False
     found: np.ndarray[Any, Any] = text.tokens[mask]
     return found
 
@@ -376,7 +379,9 @@ def choose(
     longest = min(subject.window, max(end - start for start, end in pairwise(offsets)))
     arrays = {"CORPUS": np.array(ids, "<i4"), "OFFSETS": np.array(offsets, "<i8"), "MASK": np.array(mask, "u1")}
     with files(**arrays) as paths:
-        seconds = run(subject, {**paths, "MODE": "examples", "BATCH": batch(subject, longest)}, take)
+        # of a question that is too long the end is kept, with the choice; examples keep their beginning, as in training
+        keys = {**paths, "MODE": "examples", "KEEP": "end", "BATCH": batch(subject, longest)}
+        seconds = run(subject, keys, take)
     rows, at = [], 0
     for question in questions:
         scores = [-value for value in nll[at : at + len(question.choices)]]
