@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from harness import EXCERPT, TINY, Toy, is_alive, read_events, tree, wait_for
 from refusals import check_document, check_lines
+
+#: Ctrl-C while a module is imported for the first time, as a slower machine has it in the first tenth of a second.
+EARLY = """
+import os, signal, sys
+class Finger:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finger())
+from toy.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["toy.cli", "click", "toy.errors", "toy.cli.list"])
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["plain", "json"])
+def test_ctrl_c_during_imports(cold_toy: Toy, module: str, flags: list[str]) -> None:
+    argv = [sys.executable, "-c", EARLY.replace("MODULE", module), "list", *flags]
+    done = subprocess.run(
+        argv, cwd=cold_toy.cwd, env=cold_toy.environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 130
+    if flags:
+        document = json.loads(done.stdout)
+        assert (document["format"], document["error"]["kind"]) == ("toy/list-v1", "interrupted")
+        assert done.stderr.strip() == ""  # click ends the line of ^C
+    else:
+        assert [line.split(":")[0] for line in done.stderr.strip().splitlines()] == ["error", "hint"]
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "chars"])

@@ -251,6 +251,13 @@ def run(argv: Sequence[str]) -> int:
         return shown.exit_code
 
 
+def interrupted(argv: Sequence[str]) -> int:
+    """Ctrl-C before a command began; the exit code."""
+    error = as_toy_error(KeyboardInterrupt())
+    report(error, argv)
+    return error.exit_code
+
+
 def main() -> NoReturn:
     take_signals()
     code = run(sys.argv[1:])
