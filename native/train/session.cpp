@@ -477,7 +477,7 @@ int64_t session::count_hits(const batch & b) const {
 eval_result session::evaluate() {
     const int64_t n_items = n_val();
     const int     n_seq   = cfg.train.micro_batch;
-    int64_t       want    = cfg.eval.batches > 0 ? (int64_t) cfg.eval.batches * n_seq : n_items;
+    int64_t       want    = cfg.eval.batches > 0 ? (int64_t) cfg.eval.batches * cfg.train.batch : n_items;
     want                  = std::min(want, n_items);
     if (want == 0) {
         return { NAN, NAN, 0 };

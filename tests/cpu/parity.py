@@ -45,6 +45,7 @@ class Case:
     recipe: str = "from-scratch"
     data: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    eval: dict[str, Any] = field(default_factory=dict)
     base: RandomModel | None = None  # what lora adapts, what warm-start begins with
     examples: bool = False  # learn the answers of ragged examples, not windows of a text
     dumped: bool = False  # has a file under reference/
@@ -68,6 +69,7 @@ class Case:
             train=self.train,
             data={"val_fraction": 0.1} | self.data,
             lora=self.lora,
+            eval=self.eval,
         )
 
     @property

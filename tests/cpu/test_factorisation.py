@@ -35,12 +35,14 @@ def test_every_factorisation_is_the_same_update(case: Case, tmp_path: Path) -> N
     """8 x 1, 4 x 2, 2 x 4, 1 x 8: the same terms in sums of another order, so 1e-7 at each of some hundred additions,
     relative to the largest of them. AdamW divides a gradient by its own size, so that after one step weights are
     compared by what they moved: where a gradient is nothing but rounding, by up to the learning rate."""
+    case = replace(case, eval={"batches": 1})
     whole = parity.trainer(case, tmp_path)
-    before, first = whole.weights(), whole.step()
+    start, before, first = whole.evaluate(), whole.weights(), whole.step()
     gradients, moved = whole.gradients(), {name: value - before[name] for name, value in whole.weights().items()}
     later = [whole.step()["loss"] for _ in range(20)]
     for micro_batch in (4, 2, 1):
         parts = parity.trainer(cut(case, micro_batch), tmp_path)
+        np.testing.assert_allclose(parts.evaluate(), start, rtol=1e-6, err_msg="the same sequences are read")
         one = parts.step()
         np.testing.assert_allclose(one["loss"], first["loss"], rtol=1e-6)
         np.testing.assert_allclose(one["grad_norm"], first["grad_norm"], rtol=1e-5)

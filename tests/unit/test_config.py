@@ -219,6 +219,17 @@ def of(recipe: str, arch: str, **sections: dict[str, object]) -> Config:
     return config.resolve(Config.model_validate(values), vocab_size=65)
 
 
+@pytest.mark.parametrize(
+    ("batch", "context", "at_once"),
+    [(4, 512, 1), (16, 256, 2), (12, 64, 12), (8, 197, 4), (7, 256, 7), (9, 256, 3), (1, 2048, 1), (64, 8, 64)],
+)
+def test_a_micro_batch_is_as_few_sequences_as_run_at_full_speed(batch: int, context: int, at_once: int) -> None:
+    sizes: dict[str, dict[str, int]] = {"train": {"batch": batch}, "model": {"context": context}}
+    assert config.resolve(Config.model_validate(sizes)).train.micro_batch == at_once
+    sizes["train"]["micro_batch"] = batch
+    assert config.resolve(Config.model_validate(sizes)).train.micro_batch == batch, "as it is asked for"
+
+
 def test_autos_of_each_architecture() -> None:
     assert of("from-scratch", "llama").model.n_ff == 704
     assert of("from-scratch", "gpt2").model.n_ff == 1024
@@ -401,7 +412,7 @@ def test_resolve_leaves_no_auto() -> None:
     assert resolved.model.context == 256
     assert resolved.model.n_ff == 704
     assert resolved.model.n_head_kv == 8
-    assert resolved.train.micro_batch == 16
+    assert resolved.train.micro_batch == 2, "512 tokens at once"
     assert resolved.train.warmup_steps == 100
     assert resolved.train.min_learning_rate == 1e-4
     assert resolved.eval.batches == 25

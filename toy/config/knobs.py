@@ -200,7 +200,7 @@ class Train(Section):
         min=0,
         max=1_000_000,
         unit="sequences",
-        auto=(0, "batch"),
+        auto=(0, "as few as make 512 tokens"),
     )
     learning_rate: float = knob(1e-3, "Peak learning rate.", min=0.0, max=10.0)
     min_learning_rate: float = knob(
@@ -259,7 +259,7 @@ class Eval(Section):
     every: int = knob(100, "Steps between validations; 0: at the end only.", min=0, max=1_000_000_000, unit="steps")
     batches: int = knob(
         0,
-        "Batches a validation reads.",
+        "Batches (of train.batch) a validation reads.",
         min=0,
         max=1_000_000,
         unit="batches",

@@ -11,6 +11,7 @@ from toy.config.knobs import Config
 
 MOST_EVAL_BATCHES = 64  # what an evaluation reads of a text at most, unless eval.batches says so
 DEFAULT_CONTEXT = 256
+FULL_SPEED = 512  # tokens at once from which the products of a processor lose little; more only cost memory
 LARGEST_IMAGE = 224  # what ViT-Tiny was made for; larger images are brought to it unless model.image_size says so
 
 
@@ -41,6 +42,15 @@ def patch_size(image: int) -> int:
     return next(size for size in range(limit, 0, -1) if image % size == 0)
 
 
+def micro_batch(batch: int, context: int, device: str) -> int:
+    """Sequences at once: as few as run at full speed. Activations take memory in proportion, and the update is the same
+    however a batch is cut."""
+    if device != "cpu":
+        return batch
+    whole = (n for n in range(1, batch) if batch % n == 0 and n * context >= FULL_SPEED)
+    return next(whole, batch)
+
+
 def resolve(
     config: Config, *, vocab_size: int | None = None, val_tokens: int | None = None, val_items: int | None = None
 ) -> Config:
@@ -65,10 +75,10 @@ def resolve(
         targets = words_of(out.lora.targets)
         out.lora.targets = "all" if "all" in targets else ",".join(targets)
         out.lora.alpha = out.lora.alpha or 2.0 * out.lora.rank
-    train.micro_batch = train.micro_batch or train.batch
+    train.micro_batch = train.micro_batch or micro_batch(train.batch, model.context, out.run.device)
     if out.eval.batches == 0 and (val_tokens is not None or val_items is not None):
         items = max(1, (val_tokens or 0) // model.context) if val_items is None else max(1, val_items)
-        whole = math.ceil(items / train.micro_batch)
+        whole = math.ceil(items / train.batch)
         out.eval.batches = whole if out.run.arch == "vit" else min(MOST_EVAL_BATCHES, whole)
     if train.min_learning_rate < 0:
         train.min_learning_rate = train.learning_rate / 10
