@@ -179,8 +179,8 @@ def main() -> None:
             report.figures += others.beginnings(threads, args.rounds, quiet)
             report.figures += others.long_context(threads)
         if args.llama_finetune:
-            x = next((c.sides["toy"].seconds for c in report.cells if (c.shape.name, c.dtype) == ("X", "f32")), None)
-            report.figures += others.finetune(args.llama_finetune.resolve(), x, threads, quiet) if x else []
+            say("llama.cpp's finetune")
+            report.figures += others.finetune(args.llama_finetune.resolve(), args.rounds, threads, quiet)
         if args.gemm:
             roof.seconds = GEMM_EXTRA
             report.products = products(roof, dtypes, quiet)

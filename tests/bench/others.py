@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,8 @@ from toy_side import ToyRun, command, environment, smollm2, train_words
 HERE = Path(__file__).resolve().parent
 PROMPT = 512  # tokens of the long prompt
 ANSWER = 64  # tokens of the answer
-FINETUNE_TEXT = 5_000  # characters: half a minute of llama.cpp's training
+FINETUNE_TEXT = 4_000  # characters: half a minute of llama.cpp's training
+FINETUNE_STEP = re.compile(rb"train: .*?data=[0-9]+/[0-9]+")
 
 
 @dataclass
@@ -201,8 +203,8 @@ def long_context(threads: int) -> list[Figure]:
 # --- llama.cpp's finetune -------------------------------------------------------------------------------------------
 
 
-def finetune(program: Path, toy_seconds: float, threads: int, quiet: Quiet) -> list[Figure]:
-    """llama.cpp's llama-finetune on SmolLM2 in f32, 1 x 256 tokens a step, against toy's steps at X."""
+def finetune(program: Path, rounds: int, threads: int, quiet: Quiet) -> list[Figure]:
+    """llama.cpp's llama-finetune on SmolLM2 in f32, 1 x 256 tokens a step, against toy's steps at X: the same shape."""
     gguf, shape = smollm2(), SHAPES["X"]
     if gguf is None:
         return []
@@ -211,32 +213,43 @@ def finetune(program: Path, toy_seconds: float, threads: int, quiet: Quiet) -> l
     )
     with tempfile.TemporaryDirectory(prefix="toy-bench-") as name:
         folder = Path(name)
-        text = folder / "text.txt"
-        excerpt = HERE.parents[1] / "data" / "gates" / "shakespeare-20k.txt"
-        text.write_text(excerpt.read_text(encoding="utf-8")[:FINETUNE_TEXT], encoding="utf-8")
+        corpus = HERE.parents[1] / "data" / "gates" / "shakespeare-20k.txt"
+        (folder / "text.txt").write_text(corpus.read_text(encoding="utf-8")[:FINETUNE_TEXT], encoding="utf-8")
         # the same weights in f32, with their tokenizer: what one step of warm-start leaves
-        words = ["train", "warm-start", "--model", str(gguf), "--corpus", str(text), "--steps", "1", "--out", "run"]
-        words += ["--set", "model.context=256", "--set", "train.batch=1", "--no-sample", "--set", "eval.batches=1"]
-        subprocess.run(command(*words), cwd=folder, env=environment(folder), check=True, capture_output=True)
-        argv = [str(program), "-m", str(folder / "run/weights/model.gguf"), "-f", str(text), "-t", str(threads)]
-        argv += ["-c", "256", "-b", "256", "-ub", "256", "-epochs", "1", "--no-warmup", "-o", str(folder / "out.gguf")]
-
-        def theirs() -> None:
-            done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
-            seconds = progress_seconds(done.stdout + done.stderr)
-            if seconds is None:
-                raise SystemExit(f"{program} did not tell its progress:\n{(done.stdout + done.stderr)[-2000:]}")
-            figure.other.append(shape.items / seconds)
-
-        quiet.turn(theirs, figure.other.pop)
-    figure.toy.append(shape.items / toy_seconds)
+        words = ["train", "warm-start", "--model", str(gguf), "--corpus", str(corpus), "--steps", "1", "--out", "run"]
+        words += ["--set", f"model.context={shape.context}", "--set", "train.batch=1", "--threads", str(threads)]
+        words += ["--set", "eval.every=0", "--set", "eval.batches=1", "--no-sample"]
+        made = subprocess.run(
+            command(*words), cwd=folder, env=environment(folder), capture_output=True, text=True, check=False
+        )
+        if made.returncode != 0:
+            raise SystemExit(made.stdout + made.stderr)
+        argv = [str(program), "-m", "run/weights/model.gguf", "-f", "text.txt", "-t", str(threads), "-epochs", "1"]
+        argv += [word for flag in ("-c", "-b", "-ub") for word in (flag, str(shape.context))] + ["-o", "out.gguf"]
+        toy = ToyRun(shape, "f32", threads)
+        try:
+            quiet.pids.update(toy.pids)
+            for _ in range(rounds):
+                quiet.turn(lambda: figure.toy.append(shape.items / toy.turn()), figure.toy.pop)
+                quiet.turn(lambda: figure.other.append(shape.items / finetune_seconds(argv, folder)), figure.other.pop)
+        finally:
+            quiet.pids.difference_update(toy.pids)
+            toy.close()
     return [figure]
 
 
-def progress_seconds(said: str) -> float | None:
-    """Seconds a batch, from the last of llama.cpp's progress lines: `train: [...] data=0012/0019 … t=00:00:31 …`."""
-    found = re.findall(r"train: .*?data=0*([0-9]+)/0*[0-9]+.*?t=([0-9]+):([0-9]+):([0-9]+)", said)
-    if not found or int(found[-1][0]) == 0:
-        return None
-    done, hours, minutes, seconds = map(int, found[-1])
-    return (3600 * hours + 60 * minutes + seconds) / done
+def finetune_seconds(argv: list[str], folder: Path) -> float:
+    """Seconds a step: the median of a run, its first step left out. The program tells whole seconds since its start,
+    so that they are taken as its progress comes: `train: [██▎     ] data=0000002/0000007 loss=…`, ended by a CR."""
+    process = subprocess.Popen(
+        argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    said, ends = b"", []
+    while piece := os.read(process.stdout.fileno(), 4096):
+        said += piece
+        if len(FINETUNE_STEP.findall(said)) > len(ends):
+            ends.append(time.perf_counter())
+    if process.wait() != 0 or len(ends) < 3:
+        raise SystemExit(f"{argv[0]} did not train:\n{said.decode(errors='replace')[-2000:]}")
+    return statistics.median(end - begun for begun, end in itertools.pairwise(ends))
