@@ -14,7 +14,7 @@ struct data_file {
     size_t       bytes = 0;
 
     explicit data_file(const std::string & path, const char * what);   // throws toy::error (missing_file, bad_file)
-    ~data_file();
+    virtual ~data_file();
     data_file(const data_file &)             = delete;
     data_file & operator=(const data_file &) = delete;
 };
