@@ -27,9 +27,11 @@ tensor net::linear(const std::string & name, tensor x) const {
             // every product its own random numbers: the same x goes into several
             in = ggml_dropout(ctx, x, lora->seeds, lora->dropout, (int32_t) (hash_bytes(weight.data(), weight.size()) & 0x7fffffff));
         }
-        tensor low = product(a, in);                                // [r, N]
-        low        = product(lora->get(weight + ".lora_b"), low);   // [out, N]
-        y          = ggml_add(ctx, y, ggml_scale(ctx, low, lora->alpha != 0 ? (float) (lora->alpha / (double) a->ne[1]) : 1.0f));
+        tensor low = product(a, in);   // [r, N]
+        if (lora->alpha != 0) {
+            low = ggml_scale(ctx, low, (float) (lora->alpha / (double) a->ne[1]));   // here, where it is small
+        }
+        y = ggml_add(ctx, y, product(lora->get(weight + ".lora_b"), low));   // [out, N]
     }
     if (tensor b = get(name + ".bias")) {
         y = ggml_add(ctx, y, b);
