@@ -24,8 +24,23 @@ void throw_io(const char * doing, const std::string & path) {
                 "check that the directory exists and that you may write there");
 }
 
+// Linux: a file in the folder of `path` that has no name, of which nothing is left even by SIGKILL; -1 where there is none to be had
+static int open_unnamed(const std::string & path) {
+#if defined(O_TMPFILE)
+    const std::string dir = fs::path(path).parent_path().string();
+    return access("/proc/self/fd", X_OK) == 0 ? open(dir.empty() ? "." : dir.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, 0644) : -1;
+#else
+    (void) path;
+    return -1;
+#endif
+}
+
 atomic_file::atomic_file(const std::string & path) : path(path), tmp(path + ".tmp") {
-    fd = open(tmp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    fd       = open_unnamed(path);
+    is_named = fd < 0;
+    if (is_named) {
+        fd = open(tmp.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    }
     if (fd < 0) {
         throw_io("write", path);
     }
@@ -34,7 +49,9 @@ atomic_file::atomic_file(const std::string & path) : path(path), tmp(path + ".tm
 atomic_file::~atomic_file() {
     if (fd >= 0) {
         close(fd);
-        unlink(tmp.c_str());
+        if (is_named) {
+            unlink(tmp.c_str());
+        }
     }
 }
 
@@ -56,6 +73,13 @@ void atomic_file::write(const void * data, size_t size) {
 void atomic_file::commit() {
     if (fsync(fd) != 0 && errno != EINVAL) {
         throw_io("write", path);
+    }
+    if (!is_named) {   // a name cannot be taken over from another file but by renaming
+        unlink(tmp.c_str());
+        if (linkat(AT_FDCWD, format("/proc/self/fd/%d", fd).c_str(), AT_FDCWD, tmp.c_str(), AT_SYMLINK_FOLLOW) != 0) {
+            throw_io("write", path);
+        }
+        is_named = true;
     }
     if (close(fd) != 0) {
         fd = -1;

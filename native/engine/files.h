@@ -6,7 +6,7 @@
 
 namespace toy {
 
-// A file written under a temporary name beside its place; commit() fsyncs and renames. Without commit() nothing is left.
+// A file written without a name, or under a temporary one beside its place; commit() fsyncs and renames. Without commit() nothing is left.
 // Every failure throws toy::error: disk_full when there is no space, runner_failed otherwise.
 struct atomic_file {
     explicit atomic_file(const std::string & path);
@@ -19,7 +19,8 @@ struct atomic_file {
 
   private:
     std::string path, tmp;
-    int         fd = -1;
+    int         fd       = -1;
+    bool        is_named = false;   // `tmp` is there
 };
 
 [[noreturn]] void throw_io(const char * doing, const std::string & path);   // from errno

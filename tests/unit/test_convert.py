@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,6 +278,35 @@ def test_a_folder_that_is_replaced_is_there_whatever_happens(tmp_path: Path, mon
         (folder / "config.json").write_text("newer")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "config.json").read_text() == "new"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from toy.models import convert
+with convert.new_folder(Path(sys.argv[1]), force=False) as folder:
+    (folder / "config.json").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_export_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    kept = [tmp_path / ".out-settings", tmp_path / ".other-toy-1-0"]
+    for folder in kept:
+        folder.mkdir()
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, out], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    (left,) = {*tmp_path.iterdir()} - {*kept}
+    assert left.name.startswith(".out-toy-")
+    with convert.new_folder(out, force=False) as first:
+        assert not left.exists()
+        with pytest.raises(KeyboardInterrupt), convert.new_folder(out, force=False):
+            assert first.is_dir(), "whoever is still at it is left alone"
+            raise KeyboardInterrupt
+        (first / "config.json").write_text("{}")
+    assert {*tmp_path.iterdir()} == {out, *kept}
 
 
 def test_export_command(model: Callable[..., Path], cold_toy: Toy) -> None:

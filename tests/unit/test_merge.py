@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,34 @@ def test_merge_adds_the_product(model: Callable[..., Path], tmp_path: Path, kind
         else:  # rounded once, from the merged value: no further off than the width of a step
             error = np.abs(own[name] - values).max() / np.abs(values).max()
             assert error <= {"F32": 0, "F16": 1 / 2048, "Q8_0": 1 / 250, "Q4_1": 1 / 14}[kind], name
+
+
+#: Dies in the middle of writing, when the progress bar moves.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from toy.models import convert
+base, adapter, out = map(Path, sys.argv[1:])
+convert.merge(base, adapter, out, "f32", progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files without a name are Linux's")
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "replaced"])
+def test_a_killed_merge_leaves_nothing(model: Callable[..., Path], tmp_path: Path, is_there: bool) -> None:
+    write_adapter(tmp_path / "a.gguf", TARGETS)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if is_there:
+        (folder / "m.gguf").write_bytes(b"before")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = [sys.executable, "-c", KILLED, model(), tmp_path / "a.gguf", folder / "m.gguf"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    convert.merge(model(), tmp_path / "a.gguf", folder / "m.gguf", "f32")
+    assert [path.name for path in folder.iterdir()] == ["m.gguf"]
+    assert types_of(folder / "m.gguf")
 
 
 def test_merging_embeddings_as_llama_cpp_keeps_them(model: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toy.errors import ToyError, os_errors, shown
+from toy.errors import ToyError, is_alive, os_errors, shown
 from toy.models import adapters, cards, resolve
 
 #: What a whole file is called after: the type of its matrices. The head is finer where that pays, rows that are no
@@ -195,14 +197,20 @@ def put_in_place(made: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends, and is removed when the block fails."""
+    """A folder to fill, which becomes `out` when the block ends, and is removed when the block fails: by the next one
+    where it was killed."""
     check_target(out, force)
+    name, parent = f".{out.name}-toy-", out.absolute().parent
     with os_errors("make the folder"):
         check_replaceable(out, MARKS)
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+        parent.mkdir(parents=True, exist_ok=True)
+        for path in parent.glob(f"{glob.escape(name)}*-*"):
+            pid = path.name.removeprefix(name).split("-")[0]
+            if pid.isdigit() and not is_alive(int(pid)):
+                shutil.rmtree(path, ignore_errors=True)
+        made = parent / f"{name}{os.getpid()}-{secrets.token_hex(4)}"
+        made.mkdir()
     try:
-        made.chmod(0o755)
         yield made
         with os_errors("write the folder"):
             put_in_place(made, out)
