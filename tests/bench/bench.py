@@ -108,6 +108,7 @@ def measure(
 
 
 def sit_out(cell: Cell, turns: dict[str, Callable[[], None]]) -> None:
+    """Take the modes that are behind out of the turns."""
     seconds = {mode: cell.sides[mode].seconds for mode in MODES if mode in turns}
     for mode, each in seconds.items():
         if each > BEHIND * min(seconds.values()):
@@ -143,11 +144,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--not-quiet", action="store_true", help="measure on a busy machine too; nothing to publish")
     parser.add_argument("--out", type=Path, help="file for the table; default results/<date>-<cpu>.md here")
     args = parser.parse_args()
-    for words, known in ((args.shapes, tuple(SHAPES)), (args.dtypes, DTYPES)):
-        for word in filter(None, words.split(",")):
-            if word not in known:
-                parser.error(f"{word} is none of {', '.join(known)}")
+    args.shapes = listed(parser, args.shapes, tuple(SHAPES))
+    args.dtypes = listed(parser, args.dtypes, DTYPES)
+    if args.rounds < 1:
+        parser.error("--rounds is at least 1")
     return args
+
+
+def listed(parser: argparse.ArgumentParser, words: str, known: tuple[str, ...]) -> list[str]:
+    found = [word for word in words.split(",") if word]
+    for word in found:
+        if word not in known:
+            parser.error(f"{word} is none of {', '.join(known)}")
+    return found
 
 
 def main() -> None:
@@ -156,21 +165,20 @@ def main() -> None:
 
     threads = args.threads or usable_cores()
     quiet = Quiet(guards=not args.not_quiet)
-    shapes, dtypes = args.shapes.split(",") if args.shapes else [], args.dtypes.split(",")
     report = Report(threads, args.rounds, shlex.join(["python", *sys.argv]))
     modes = MODES[:1] if args.no_compile else MODES
     roof = Roof(build_bench_gemm(), threads, seconds=0.06)
     begun = time.monotonic()
     try:
-        for name in shapes:
+        for name in args.shapes:
             shape = SHAPES[name]
             if args.steps:
                 shape = dataclasses.replace(shape, warm=1, measured=args.steps)
             say(name)
             with ExitStack() as stack:
-                runs = start_torch(shape, dtypes, modes, threads, stack)
+                runs = start_torch(shape, args.dtypes, modes, threads, stack)
                 stack.enter_context(waiting(quiet, [run.process.pid for each in runs.values() for run in each]))
-                for dtype in dtypes:
+                for dtype in args.dtypes:
                     say(f"  {dtype}")
                     report.cells.append(measure(shape, dtype, runs[dtype], args.rounds, threads, roof, quiet))
         if not args.no_others:
@@ -183,7 +191,7 @@ def main() -> None:
             report.figures += others.finetune(args.llama_finetune.resolve(), args.rounds, threads, quiet)
         if args.gemm:
             roof.seconds = GEMM_EXTRA
-            report.products = products(roof, dtypes, quiet)
+            report.products = products(roof, args.dtypes, quiet)
     except Busy as busy:
         raise SystemExit(f"no result: {busy}") from None
     finally:

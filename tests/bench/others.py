@@ -38,7 +38,7 @@ class Figure:
     name: str
     unit: str
     target: str  # for people
-    holds: Callable[[float, float], bool]
+    holds: Callable[[float], bool]
     ratio: bool = True  # toy's over the other's; else toy's own figure counts
     toy: list[float] = field(default_factory=list)
     other: list[float] = field(default_factory=list)
@@ -52,12 +52,12 @@ class Figure:
         return mine / statistics.median(self.other) if self.ratio else mine
 
 
-def at_least(limit: float) -> Callable[[float, float], bool]:
-    return lambda value, _: value >= limit
+def at_least(limit: float) -> Callable[[float], bool]:
+    return lambda value: value >= limit
 
 
-def under(limit: float) -> Callable[[float, float], bool]:
-    return lambda value, _: value < limit
+def under(limit: float) -> Callable[[float], bool]:
+    return lambda value: value < limit
 
 
 # --- infer ----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def long_context(threads: int) -> list[Figure]:
     limit = 1.2
     figure = Figure(
         f"peak memory of L as 1 x {long.context} against {short.batch} x {short.context}", "MB", f"<= {limit}",
-        lambda value, _: value <= limit, other_name=f"toy at {short.batch} x {short.context}",
+        lambda value: value <= limit, other_name=f"toy at {short.batch} x {short.context}",
     )  # fmt: skip
     for shape, into in ((long, figure.toy), (short, figure.other)):
         run = ToyRun(dataclasses.replace(shape, warm=1, measured=1), "f32", threads)

@@ -207,7 +207,7 @@ class Report:
             theirs = f"{statistics.median(figure.other):,.4g} {figure.unit}" if figure.other else "-"
             value = figure.value
             ratio = f"{value:.2f}" if value is not None and figure.ratio else "-"
-            holds = "-" if value is None else ("yes" if figure.holds(value, 0) else "no")
+            holds = "-" if value is None else ("yes" if figure.holds(value) else "no")
             rows.append([figure.name, mine, theirs, figure.other_name or "-", ratio, figure.target, holds])
         return table(["what", "toy", "other", "which", "ratio", "target", "holds"], rows)
 

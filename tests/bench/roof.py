@@ -42,11 +42,10 @@ class Roof:
             self.workers[dtype].ask("64 64 64")
 
     def toy(self, product: Product, dtype: str) -> dict[str, float]:
-        """layout -> GFLOP/s; empty where this ggml has no products in that type."""
-        argv = [str(self.program), "-t", str(self.threads), "-s", str(self.seconds), *map(str, product)]
-        argv[1:1] = [] if dtype == "f32" else ["-p", dtype]
+        """layout -> GFLOP/s"""
+        argv = [str(self.program), "-t", str(self.threads), "-s", str(self.seconds), "-p", dtype, *map(str, product)]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if done.returncode != 0 and dtype == "f32":
+        if done.returncode != 0:
             raise SystemExit(f"{self.program.name}: {done.stderr}")
         return {row["layout"]: row["gflops"] for row in map(json.loads, done.stdout.splitlines())}
 
