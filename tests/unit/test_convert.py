@@ -214,7 +214,7 @@ def limit_files() -> None:
 def test_a_disk_that_fills_up(model: Callable[..., Path], cold_toy: Toy, to: str) -> None:
     result = cold_toy("export", model(), "--to", to, "--type", "f32", "--out", "out", preexec_fn=limit_files)
     assert result.code == 1
-    assert result.stderr.startswith("error: cannot write")
+    assert "\nerror: cannot write" in "\n" + result.stderr  # below its progress, on a slow machine
     assert not os.listdir(cold_toy.cwd)
 
 
