@@ -68,6 +68,7 @@ tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
         v = append(v, cache->v[il]);
     }
     tensor out = ggml_attn(ctx, q, k, v, 1.0f / std::sqrt((float) D), causal);   // [D, H, T, B]
+    ggml_attn_set_bf16(out, bf16);
     return ggml_reshape_2d(ctx, out, D * H, T * B);
 }
 
@@ -81,6 +82,7 @@ tensor net::attention_qkv(int il, tensor qkv, int64_t T, bool causal) const {
         return attention(il, heads(0, H), ggml_cont(ctx, heads(H, K)), ggml_cont(ctx, heads(H + K, K)), causal);
     }
     tensor out = ggml_attn_qkv(ctx, qkv, K, 1.0f / std::sqrt((float) D), causal);   // [D, H, T, B]
+    ggml_attn_set_bf16(out, bf16);
     return ggml_reshape_2d(ctx, out, D * H, T * B);
 }
 

@@ -41,7 +41,7 @@ struct net {
     bool                 f32   = true;      // weights of other types: dequantised into f32 products (training), or as ggml decodes with them
     kv_cache *           cache = nullptr;   // decoding: new keys and values are written into it, as part of gf
     ggml_cgraph *        gf    = nullptr;
-    bool                 bf16  = false;   // products of weights: both sides rounded to bf16, gradients too, sums in f32
+    bool                 bf16  = false;   // products of weights and of attention: both sides rounded to bf16, gradients too, sums in f32
 
     // x [in, N] -> [out, N]: `name`.weight, with `name`.bias and an adapter where they exist
     ggml_tensor * linear(const std::string & name, ggml_tensor * x) const;

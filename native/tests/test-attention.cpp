@@ -18,11 +18,29 @@ struct shape {
 
 static const std::vector<shape> SHAPES = {
     // heads of one to several vectors, and of no whole number of them; one to several tiles of queries and blocks of keys
-    { 64, 4, 2, 150, 150, 2, true }, { 32, 2, 2, 256, 256, 1, true },  { 16, 4, 4, 64, 64, 2, true },   { 5, 3, 1, 65, 65, 2, true },
-    { 33, 2, 1, 70, 70, 1, true },   { 64, 3, 3, 197, 197, 1, false }, { 48, 9, 3, 40, 40, 2, true },   { 1, 2, 2, 7, 7, 3, true },
-    { 20, 4, 1, 1, 1, 2, true },     { 40, 6, 2, 2, 130, 1, true },    { 24, 6, 3, 3, 3, 2, false },    { 64, 6, 2, 1, 300, 1, true },
-    { 80, 1, 1, 130, 241, 1, true }, { 7, 5, 5, 129, 30, 2, false },   { 100, 2, 2, 17, 225, 2, true }, { 128, 2, 1, 64, 113, 1, false },
-    { 12, 8, 2, 5, 5, 1, true },     { 9, 2, 1, 300, 300, 1, true },   { 256, 2, 1, 9, 120, 1, true },
+    { 64, 4, 2, 150, 150, 2, true },
+    { 32, 2, 2, 256, 256, 1, true },
+    { 16, 4, 4, 64, 64, 2, true },
+    { 5, 3, 1, 65, 65, 2, true },
+    { 33, 2, 1, 70, 70, 1, true },
+    { 64, 3, 3, 197, 197, 1, false },
+    { 48, 9, 3, 40, 40, 2, true },
+    { 1, 2, 2, 7, 7, 3, true },
+    { 20, 4, 1, 1, 1, 2, true },
+    { 40, 6, 2, 2, 130, 1, true },
+    { 24, 6, 3, 3, 3, 2, false },
+    { 64, 6, 2, 1, 300, 1, true },
+    { 80, 1, 1, 130, 241, 1, true },
+    { 7, 5, 5, 129, 30, 2, false },
+    { 100, 2, 2, 17, 225, 2, true },
+    { 128, 2, 1, 64, 113, 1, false },
+    { 12, 8, 2, 5, 5, 1, true },
+    { 9, 2, 1, 300, 300, 1, true },
+    { 256, 2, 1, 9, 120, 1, true },
+    // enough heads of k for one part each, whose sums are the result; odd distances from the keys to the diagonal
+    { 16, 24, 24, 150, 150, 1, true },
+    { 32, 16, 8, 100, 100, 3, true },
+    { 32, 20, 20, 67, 92, 1, true },
 };
 
 // how q, k and v lie: one after the other, or as parts of the rows of one product (and their gradients likewise, or not), as heads
@@ -47,8 +65,12 @@ struct operands {
     float         scale;
     ggml_tensor * qkv = nullptr;   // layout::joint
 
+    bool bf16 = false;
+
     ggml_tensor * attn(ggml_context * ctx, bool causal) const {
-        return qkv ? ggml_attn_qkv(ctx, qkv, k->ne[1], scale, causal) : ggml_attn(ctx, q, k, v, scale, causal);
+        ggml_tensor * out = qkv ? ggml_attn_qkv(ctx, qkv, k->ne[1], scale, causal) : ggml_attn(ctx, q, k, v, scale, causal);
+        ggml_attn_set_bf16(out, bf16);
+        return out;
     }
 };
 
@@ -69,9 +91,15 @@ struct reference {
     std::vector<double> out, dq, dk, dv;
 };
 
+// in bf16 what goes into the products is rounded, but for p and ds
+static double rounded(float x, bool bf16) {
+    return bf16 ? ggml_bf16_to_fp32(ggml_fp32_to_bf16(x)) : x;
+}
+
 static reference reference_of(const shape & s, const operands & x, const ggml_tensor * dout) {
     reference  r;
-    const auto at = [](int64_t d, int64_t h, int64_t t, int64_t b, int64_t D, int64_t H, int64_t T) { return ((b * T + t) * H + h) * D + d; };
+    const bool bf16 = x.bf16;
+    const auto at   = [](int64_t d, int64_t h, int64_t t, int64_t b, int64_t D, int64_t H, int64_t T) { return ((b * T + t) * H + h) * D + d; };
     r.out.resize(s.D * s.H * s.T * s.B);
     r.dq.resize(r.out.size());
     r.dk.resize(s.D * s.K * s.S * s.B);
@@ -86,8 +114,9 @@ static reference reference_of(const shape & s, const operands & x, const ggml_te
                 for (int64_t j = 0; j < n; ++j) {
                     p[j] = dp[j] = 0.0;
                     for (int64_t d = 0; d < s.D; ++d) {
-                        p[j] += (double) x.scale * get(x.q, d, h, t, b) * get(x.k, d, kv, j, b);
-                        dp[j] += (double) get(dout, d, h, t, b) * get(x.v, d, kv, j, b);
+                        const double q = bf16 ? rounded(get(x.q, d, h, t, b) * x.scale, true) : (double) x.scale * get(x.q, d, h, t, b);
+                        p[j] += q * rounded(get(x.k, d, kv, j, b), bf16);
+                        dp[j] += rounded(get(dout, d, h, t, b), bf16) * rounded(get(x.v, d, kv, j, b), bf16);
                     }
                     max = std::max(max, p[j]);
                 }
@@ -102,10 +131,10 @@ static reference reference_of(const shape & s, const operands & x, const ggml_te
                     const double ds = p[j] * (dp[j] - delta) * x.scale;
                     for (int64_t d = 0; d < s.D; ++d) {
                         const int64_t iq = at(d, h, t, b, s.D, s.H, s.T), ik = at(d, kv, j, b, s.D, s.K, s.S);
-                        r.out[iq] += p[j] * get(x.v, d, kv, j, b);
-                        r.dq[iq] += ds * get(x.k, d, kv, j, b);
-                        r.dk[ik] += ds * get(x.q, d, h, t, b);
-                        r.dv[ik] += p[j] * get(dout, d, h, t, b);
+                        r.out[iq] += p[j] * rounded(get(x.v, d, kv, j, b), bf16);
+                        r.dq[iq] += ds * rounded(get(x.k, d, kv, j, b), bf16);
+                        r.dk[ik] += bf16 ? ds / x.scale * rounded(get(x.q, d, h, t, b) * x.scale, true) : ds * get(x.q, d, h, t, b);
+                        r.dv[ik] += p[j] * rounded(get(dout, d, h, t, b), bf16);
                     }
                 }
             }
@@ -130,15 +159,18 @@ static std::vector<float> apart(const shape & s, const std::vector<float> & grad
     return parts;
 }
 
-static void test_values(const shape & s, layout l, const std::string & name) {
-    context                  ctx;
-    const operands           x    = new_operands(ctx, s, l);
-    const bool               rows = l == layout::shared || l == layout::joint;
-    ggml_tensor *            dout = new_heads(ctx, rows ? layout::plain : l, s.D, s.H, s.T, s.B);
-    const reference          want = reference_of(s, x, dout);
-    ggml_tensor *            out  = x.attn(ctx, s.causal);
-    const std::vector<float> got  = run(ctx, out, name);
-    compare(got, want.out, 5e-6, name);   // scores of up to 20, rounded to 2^-24 of that
+static void test_values(const shape & s, layout l, const std::string & name, bool bf16 = false) {
+    context  ctx;
+    operands x                     = new_operands(ctx, s, l);
+    x.bf16                         = bf16;
+    const bool               rows  = l == layout::shared || l == layout::joint;
+    ggml_tensor *            dout  = new_heads(ctx, rows ? layout::plain : l, s.D, s.H, s.T, s.B);
+    const reference          want  = reference_of(s, x, dout);
+    ggml_tensor *            out   = x.attn(ctx, s.causal);
+    const std::vector<float> got   = run(ctx, out, name);
+    // scores of up to 20, rounded to 2^-24 of that; in bf16 each p and ds is off by up to 2^-9 of itself
+    const double             limit = bf16 ? 4e-3 : 5e-6;
+    compare(got, want.out, limit, name);
 
     ggml_tensor *      back = ggml_attn_back(ctx, dout, out);
     std::vector<float> grad = run(ctx, back, name + " back");
@@ -147,6 +179,7 @@ static void test_values(const shape & s, layout l, const std::string & name) {
         check(ggml_are_same_shape(back, x.qkv), name + " back: one gradient");
         grad                = apart(s, grad);
         ggml_tensor * parts = ggml_attn(ctx, x.q, x.k, x.v, x.scale, s.causal);
+        ggml_attn_set_bf16(parts, bf16);
         check(run(ctx, parts, name) == got, name + ": the bits of operands that are given one by one");
         separate = run(ctx, ggml_attn_back(ctx, dout, parts), name + " back");
     }
@@ -159,7 +192,7 @@ static void test_values(const shape & s, layout l, const std::string & name) {
             check(*std::max_element(got_part.begin(), got_part.end()) < 1e-6f && *std::min_element(got_part.begin(), got_part.end()) > -1e-6f,
                   part_name);
         } else {
-            compare(got_part, *part, 5e-6, part_name);
+            compare(got_part, *part, limit, part_name);
         }
         check(!x.qkv || std::equal(got_part.begin(), got_part.end(), separate.begin() + at),
               part_name + ": the bits of operands that are given one by one");
@@ -227,6 +260,9 @@ int main() {
     ggml_cpu_init();
     for (const shape & s : SHAPES) {
         test_values(s, layout::plain, s.name());
+        if (s.T >= 8) {   // a few queries stay in f32
+            test_values(s, layout::plain, s.name() + " bf16", true);
+        }
     }
     for (const shape & s : { shape{ 64, 4, 2, 70, 70, 2, true }, shape{ 20, 6, 3, 33, 90, 2, true }, shape{ 16, 2, 2, 3, 40, 2, true },
                              shape{ 33, 2, 1, 70, 70, 2, false } }) {
@@ -237,6 +273,9 @@ int main() {
     for (const shape & s : SHAPES) {
         if (s.T == s.S) {
             test_values(s, layout::joint, s.name() + " joint");
+            if (s.T >= 8) {
+                test_values(s, layout::joint, s.name() + " joint bf16", true);
+            }
         }
     }
     for (const shape & s : { shape{ 6, 9, 3, 10, 10, 2, true }, shape{ 16, 2, 1, 70, 70, 1, true }, shape{ 5, 4, 2, 2, 9, 2, true },
