@@ -1,9 +1,10 @@
 // Speed of matrix products on the CPU backend, one JSON line a measurement: the roof that training runs under.
 //
-//   bench-gemm [-t THREADS] [-s SECONDS] [-b BATCH] [-q TYPE] [-p PRECISION] M K N [M K N ...]
+//   bench-gemm [-t THREADS] [-s SECONDS] [-b BATCH] [-r PRODUCTS] [-l LAYOUT] [-q TYPE] [-p PRECISION] M K N [M K N ...]
 //
 // PRECISION is f32 (unless given) or bf16: operands are f32 and are rounded as they are packed. TYPE is that of the weights in nt
-// and nn, f32 unless given, or q4_K, q8_0, ...: they become f32 as they are packed.
+// and nn, f32 unless given, or q4_K, q8_0, ...: they become f32 as they are packed. PRODUCTS are computed one after another in one
+// graph, each with operands of its own, as in training: the caches do not hold them all, and the threads stay awake.
 //
 // C[m,n] = A[m,k]*B[k,n], row-major, in the three layouts of a linear layer:
 //   nt   B stored as [n,k]   MUL_MAT            y  = x W^T
@@ -20,20 +21,34 @@
 #include <string>
 #include <vector>
 
-static double measure(const char * layout, ggml_type type, ggml_prec prec, int64_t m, int64_t k, int64_t n, int64_t batch, double seconds,
-                      ggml_threadpool * pool, int n_threads) {
-    ggml_init_params params = { sizeof(float) * batch * (size_t) (m * k + k * n + m * n) + 16 * 1024 * 1024, nullptr, false };
-    ggml_context *   ctx    = ggml_init(params);
-
-    ggml_tensor * c = nullptr;
+static ggml_tensor * product(ggml_context * ctx, const char * layout, ggml_type type, int64_t m, int64_t k, int64_t n, int64_t batch) {
     if (strcmp(layout, "nt") == 0) {
-        c = ggml_mul_mat(ctx, ggml_new_tensor_3d(ctx, type, k, n, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch));
-    } else if (strcmp(layout, "nn") == 0) {
-        c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, type, n, k, batch), ggml_transpose(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch)));
-    } else {
-        c = ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, m, k, batch));
+        return ggml_mul_mat(ctx, ggml_new_tensor_3d(ctx, type, k, n, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch));
     }
-    ggml_mul_mat_set_prec(c, prec);
+    if (strcmp(layout, "nn") == 0) {
+        return ggml_out_prod(ctx, ggml_new_tensor_3d(ctx, type, n, k, batch),
+                             ggml_transpose(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, m, batch)));
+    }
+    // as the first writer of a gradient
+    ggml_tensor * c = ggml_out_prod_acc(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, m, batch), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, k, batch),
+                                        ggml_new_tensor_3d(ctx, GGML_TYPE_F32, m, k, batch));
+    c->flags |= GGML_TENSOR_FLAG_SET;
+    return c;
+}
+
+// seconds of one product
+static double measure(const char * layout, ggml_type type, ggml_prec prec, int64_t m, int64_t k, int64_t n, int64_t batch, int n_products,
+                      double seconds, ggml_threadpool * pool, int n_threads) {
+    const size_t     size   = sizeof(float) * batch * (size_t) (m * k + k * n + m * n) + 4096;
+    ggml_init_params params = { size * n_products + ggml_graph_overhead_custom(8 * n_products, false) + 16 * 1024 * 1024, nullptr, false };
+    ggml_context *   ctx    = ggml_init(params);
+    ggml_cgraph *    graph  = ggml_new_graph_custom(ctx, 8 * n_products, false);
+
+    for (int i = 0; i < n_products; i++) {
+        ggml_tensor * c = product(ctx, layout, type, m, k, n, batch);
+        ggml_mul_mat_set_prec(c, prec);
+        ggml_build_forward_expand(graph, c);
+    }
     for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
         if (!t->view_src && t->op == GGML_OP_NONE) {
             std::vector<float> x(ggml_nelements(t));
@@ -47,9 +62,6 @@ static double measure(const char * layout, ggml_type type, ggml_prec prec, int64
             }
         }
     }
-
-    ggml_cgraph * graph = ggml_new_graph(ctx);
-    ggml_build_forward_expand(graph, c);
 
     ggml_cplan           plan = ggml_graph_plan(graph, n_threads, pool);
     std::vector<uint8_t> work(plan.work_size);
@@ -65,15 +77,17 @@ static double measure(const char * layout, ggml_type type, ggml_prec prec, int64
         total += t;
     }
     ggml_free(ctx);
-    return best;
+    return best / n_products;
 }
 
 int main(int argc, char ** argv) {
     int                  n_threads = 1;
     int                  batch     = 1;
+    int                  products  = 1;
     double               seconds   = 0.5;
     ggml_type            type      = GGML_TYPE_F32;
     std::string          precision = "f32";
+    std::string          only;
     std::vector<int64_t> shape;
 
     for (int i = 1; i < argc; ++i) {
@@ -82,8 +96,12 @@ int main(int argc, char ** argv) {
             n_threads = atoi(argv[++i]);
         } else if (arg == "-b" && i + 1 < argc) {
             batch = atoi(argv[++i]);
+        } else if (arg == "-r" && i + 1 < argc) {
+            products = atoi(argv[++i]);
         } else if (arg == "-s" && i + 1 < argc) {
             seconds = atof(argv[++i]);
+        } else if (arg == "-l" && i + 1 < argc) {
+            only = argv[++i];
         } else if (arg == "-p" && i + 1 < argc) {
             precision = argv[++i];
         } else if (arg == "-q" && i + 1 < argc) {
@@ -97,9 +115,10 @@ int main(int argc, char ** argv) {
             shape.push_back(atoll(arg.c_str()));
         }
     }
-    if (shape.empty() || shape.size() % 3 != 0 || n_threads < 1 || batch < 1 || type == GGML_TYPE_COUNT ||
+    if (shape.empty() || shape.size() % 3 != 0 || n_threads < 1 || batch < 1 || products < 1 || type == GGML_TYPE_COUNT ||
         (precision != "f32" && precision != "bf16") || *std::min_element(shape.begin(), shape.end()) < 1) {
-        fprintf(stderr, "usage: %s [-t THREADS] [-s SECONDS] [-b BATCH] [-q TYPE] [-p PRECISION] M K N [M K N ...]\n", argv[0]);
+        fprintf(stderr, "usage: %s [-t THREADS] [-s SECONDS] [-b BATCH] [-r PRODUCTS] [-l LAYOUT] [-q TYPE] [-p PRECISION] M K N [M K N ...]\n",
+                argv[0]);
         return 2;
     }
 
@@ -109,8 +128,12 @@ int main(int argc, char ** argv) {
 
     for (size_t i = 0; i < shape.size(); i += 3) {
         for (const char * layout : { "nt", "nn", "tn" }) {
-            const int64_t m = shape[i], k = shape[i + 1], n = shape[i + 2];
-            const double  t = measure(layout, type, precision == "bf16" ? GGML_PREC_BF16 : GGML_PREC_F32, m, k, n, batch, seconds, pool, n_threads);
+            if (!only.empty() && only != layout) {
+                continue;
+            }
+            const int64_t   m = shape[i], k = shape[i + 1], n = shape[i + 2];
+            const ggml_prec prec = precision == "bf16" ? GGML_PREC_BF16 : GGML_PREC_F32;
+            const double    t    = measure(layout, type, prec, m, k, n, batch, products, seconds, pool, n_threads);
             printf(
                 "{\"layout\": \"%s\", \"type\": \"%s\", \"precision\": \"%s\", \"m\": %lld, \"k\": %lld, \"n\": %lld, \"batch\": %d, \"threads\": "
                 "%d, \"seconds\": %.3e, "
