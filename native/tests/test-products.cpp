@@ -270,13 +270,26 @@ static void test_bf16() {
         ggml_tensor *     b    = ggml_permute(ctx, new_f32(ctx, { 21, 9, 19, 2 * r3 }), 0, 2, 1, 3);
         check_bf16(ctx, a, b, false, "mul_mat" + name);
     }
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_1, GGML_TYPE_Q6_K }) {
-        for (int64_t m : { 1, 50 }) {
-            context           ctx;
-            const std::string name = std::string(" bf16 ") + ggml_type_name(type) + " m=" + std::to_string(m);
-            ggml_tensor *     a    = new_of(ctx, type, { 1024, 301 });
-            check_bf16(ctx, a, new_f32(ctx, { 1024, m }), false, "mul_mat" + name);
-            check_bf16(ctx, a, new_f32(ctx, { m, 301 }), true, "out_prod" + name);
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q6_K }) {
+        // blocks of terms begin with a block of the type, and in the middle of one
+        for (int64_t k : { 1024, type == GGML_TYPE_Q6_K ? 1280 : 1056 }) {
+            for (int64_t m : { 1, 50 }) {
+                context           ctx;
+                const std::string name = std::string(" bf16 ") + ggml_type_name(type) + " k=" + std::to_string(k) + " m=" + std::to_string(m);
+                ggml_tensor *     a    = new_of(ctx, type, { k, 301 });
+                ggml_tensor *     f    = as_f32(ctx, a);
+                const auto        both = [&](ggml_tensor * b, bool out_prod, const std::string & op) {
+                    check_bf16(ctx, a, b, out_prod, op + name);
+                    ggml_tensor * c = out_prod ? ggml_out_prod(ctx, a, b) : ggml_mul_mat(ctx, a, b);
+                    ggml_tensor * d = out_prod ? ggml_out_prod(ctx, f, b) : ggml_mul_mat(ctx, f, b);
+                    ggml_mul_mat_set_prec(c, GGML_PREC_BF16);
+                    ggml_mul_mat_set_prec(d, GGML_PREC_BF16);
+                    const std::vector<float> x = run(ctx, c, op + name), y = run(ctx, d, op + name);
+                    check(memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0, op + name + ": the bytes of the converted matrix");
+                };
+                both(new_f32(ctx, { k, m }), false, "mul_mat");
+                both(new_f32(ctx, { m, 301 }), true, "out_prod");
+            }
         }
     }
     {   // a row's bytes depend neither on its position nor on the other rows
