@@ -83,6 +83,54 @@ static void test_rope() {
     }
 }
 
+// A thread keeps sines: they have to be those of the positions and parameters at hand, whatever came before.
+static void test_rope_kept_sines() {
+    struct call {
+        std::vector<int32_t> positions;
+        int                  n_rot;
+        float                base, factor;   // factor 0: no tensor of factors
+    };
+
+    const int64_t D = 64, H = 2;
+    const auto    rotate = [&](const call & c) {
+        context       ctx;
+        ggml_tensor * x       = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D, H, (int64_t) c.positions.size());
+        ggml_tensor * factors = c.factor != 0 ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_rot / 2) : nullptr;
+        for (int64_t i = 0; i < ggml_nelements(x); ++i) {
+            ggml_get_data_f32(x)[i] = (float) (i % 17) - 8.0f;
+        }
+        for (int64_t i = 0; factors && i < c.n_rot / 2; ++i) {
+            ggml_get_data_f32(factors)[i] = c.factor;
+        }
+        ggml_tensor * y =
+            ggml_rope_ext(ctx, x, new_i32(ctx, c.positions), factors, c.n_rot, GGML_ROPE_TYPE_NORMAL, 0, c.base, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f);
+        compute(graph_of(ctx, y), 1);
+        return std::vector<float>{ ggml_get_data_f32(y), ggml_get_data_f32(y) + ggml_nelements(y) };
+    };
+    std::vector<int32_t> many(16500);   // more than are kept
+    for (size_t i = 0; i < many.size(); ++i) {
+        many[i] = (int32_t) (7 * i % 30000);
+    }
+    const std::vector<call> calls = {
+        { { 0, 1, 2, 3 }, 64, 10000.0f, 0 }, { { 0, 1, 5, 3 }, 64, 10000.0f, 0 },
+        { { 9 }, 64, 10000.0f, 0 },          { { 9, 1, 2, 3, 4, 5 }, 64, 10000.0f, 0 },
+        { { 9, 1 }, 32, 10000.0f, 0 },       { { 9, 1 }, 32, 10000.0f, 2 },
+        { { 9, 1 }, 32, 10000.0f, 3 },       { { 9, 1 }, 32, 500000.0f, 3 },
+        { many, 64, 10000.0f, 0 },
+    };
+    std::vector<std::vector<float>> alone;
+    for (const call & c : calls) {
+        rotate({ { 0 }, 2, 77.0f, 0 });   // nothing of this is of use to the next
+        alone.push_back(rotate(c));
+    }
+    for (size_t i = 0; i < calls.size(); ++i) {
+        for (size_t before = 0; before < calls.size(); ++before) {
+            rotate(calls[before]);
+            check(rotate(calls[i]) == alone[i], "rope " + std::to_string(i) + " after rope " + std::to_string(before));
+        }
+    }
+}
+
 // --- SwiGLU ---------------------------------------------------------------------------------------------------------
 
 static void test_swiglu_back() {
@@ -253,6 +301,7 @@ static void test_adamw_then_read() {
 int main() {
     ggml_cpu_init();
     test_rope();
+    test_rope_kept_sines();
     test_swiglu_back();
     test_get_rows_back();
     test_adamw_of_many();
