@@ -30,27 +30,24 @@ double learning_rate(const config & cfg, int step) {
     return hi;
 }
 
-adamw::adamw(const config & cfg, weights & w, backend & be) : cfg(cfg), w(w), be(be) {
+adamw::adamw(const config & cfg, const weights & w, backend & be) : cfg(cfg), be(be) {
     const size_t n          = w.params.size();
     const size_t graph_size = 4 * n + 16;
     ctx                     = ggml_init(
-        { /*mem_size =*/(4 * n + 32) * ggml_tensor_overhead() + 2 * ggml_graph_overhead_custom(graph_size, false), nullptr, /*no_alloc =*/true });
+        { /*mem_size =*/(4 * n + 32) * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false), nullptr, /*no_alloc =*/true });
     for (auto & group : hyper) {
         for (ggml_tensor *& h : group) {
             h = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 8);
         }
     }
-    graph_norm   = ggml_new_graph_custom(ctx, graph_size, false);
-    graph_update = ggml_new_graph_custom(ctx, graph_size, false);
+    graph = ggml_new_graph_custom(ctx, graph_size, false);
     for (const param & p : w.params) {
         if (p.frozen) {
             continue;
         }
         trained.push_back(&p);
-        ggml_build_forward_expand(graph_update, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.embedding][p.decay]));
+        ggml_build_forward_expand(graph, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.embedding][p.decay]));
     }
-    sum = ggml_sum_sqr(ctx, w.gradients);
-    ggml_build_forward_expand(graph_norm, sum);
     buf = ggml_backend_alloc_ctx_tensors(ctx, be.handle);
 }
 
@@ -59,12 +56,15 @@ adamw::~adamw() {
     ggml_free(ctx);
 }
 
-double adamw::grad_norm(const param ** first_bad) {
-    be.compute(graph_norm);
-    float squares;
-    ggml_backend_tensor_get(sum, &squares, 0, sizeof(squares));
+double adamw::grad_norm(const std::vector<ggml_tensor *> & squares, const param ** first_bad) const {
+    double sum = 0;
+    for (const ggml_tensor * t : squares) {
+        float part;
+        ggml_backend_tensor_get(t, &part, 0, sizeof(part));
+        sum += part;
+    }
     *first_bad = nullptr;
-    if (!std::isfinite(squares)) {
+    if (!std::isfinite(sum)) {
         std::vector<float> g;
         for (size_t i = 0; i < trained.size() && !*first_bad; i++) {
             g.resize(ggml_nelements(trained[i]->g));
@@ -72,7 +72,7 @@ double adamw::grad_norm(const param ** first_bad) {
             *first_bad = std::all_of(g.begin(), g.end(), [](float x) { return std::isfinite(x); }) ? nullptr : trained[i];
         }
     }
-    return std::sqrt((double) squares);
+    return std::sqrt(sum);
 }
 
 // x^n by squaring: libm's pow differs between machines
@@ -101,7 +101,7 @@ void adamw::step(int step, double lr, double norm) {
         };
         ggml_backend_tensor_set(hyper[embedding][decay], h, 0, sizeof(h));
     }
-    be.compute(graph_update);
+    be.compute(graph);
 }
 
 size_t adamw::bytes() const {

@@ -12,6 +12,8 @@ namespace toy {
 
 using tensors = std::unordered_set<ggml_tensor *>;
 
+static const size_t WORTH_IT = 16 << 20;   // bytes: fewer are not missed, and to compute them again takes a few percent of so small a step
+
 // Handed from block to block: "embeddings", then "blk.<i>.ffn_residual".
 static bool is_between_blocks(const ggml_tensor * t) {
     const std::string name = t->name, end = ".ffn_residual";
@@ -62,6 +64,23 @@ static tensors cheap(ggml_cgraph * graph, int n_forward) {
     return out;
 }
 
+// Those of `some` that the gradients read: what it takes to keep them all.
+static size_t bytes_kept(ggml_cgraph * graph, int n_forward, const tensors & some) {
+    tensors read;
+    for (int i = n_forward; i < ggml_graph_n_nodes(graph); i++) {
+        for (ggml_tensor * src : ggml_graph_node(graph, i)->src) {
+            if (src && some.count(src)) {
+                read.insert(src);
+            }
+        }
+    }
+    size_t n = 0;
+    for (const ggml_tensor * t : read) {
+        n += ggml_nbytes(t);
+    }
+    return n;
+}
+
 namespace {
 
 struct recomputation {
@@ -100,7 +119,10 @@ struct recomputation {
 }   // namespace
 
 ggml_cgraph * recompute_activations(ggml_context * ctx, ggml_cgraph * graph, int n_forward, recompute what) {
-    recomputation r   = { ctx, what == recompute::CHEAP ? cheap(graph, n_forward) : inside_blocks(graph, n_forward), {} };
+    recomputation r = { ctx, what == recompute::CHEAP ? cheap(graph, n_forward) : inside_blocks(graph, n_forward), {} };
+    if (what == recompute::CHEAP && bytes_kept(graph, n_forward, r.dropped) < WORTH_IT) {
+        r.dropped.clear();
+    }
     // in the old order: what a gradient needs and is not there yet comes right before it
     ggml_cgraph * out = ggml_new_graph_custom(ctx, graph->size, false);
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {

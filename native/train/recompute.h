@@ -6,7 +6,8 @@
 namespace toy {
 
 // What of the forward pass is computed a second time, right before the first gradient that needs it:
-//   CHEAP   what norms, activation functions and dropout make out of tensors that are kept anyway: a percent of the work, a third of the memory
+//   CHEAP   what norms, activation functions and dropout make out of tensors that are kept anyway: a percent of the work, a third of the memory;
+//           nothing where all of it is small
 //   BLOCKS  all of a block but what it hands to the next (Chen et al. 2016, arXiv 1604.06174, one segment a block): a third more work
 enum class recompute { CHEAP, BLOCKS };
 

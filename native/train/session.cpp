@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <unordered_map>
 
 namespace toy {
 
@@ -102,7 +103,7 @@ void session::build_step() {
     // forward and loss
     const size_t graph_size = 64 * w.params.size() + 512 * (hp.n_layer + 2);
     ctx_graph               = ggml_init({ /*mem_size =*/graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, true) +
-                                              ggml_graph_overhead_custom(graph_size, false),
+                                              2 * ggml_graph_overhead_custom(graph_size, false),
                                           nullptr, /*no_alloc =*/true });
     graph                   = ggml_new_graph_custom(ctx_graph, graph_size, true);
     net n                   = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
@@ -135,6 +136,7 @@ void session::build_step() {
     ggml_build_backward_expand(ctx_graph, graph, grad_accs.data());
     graph = recompute_activations(ctx_graph, graph, n_forward, cfg.train.recompute ? recompute::BLOCKS : recompute::CHEAP);
     find_first_sums();
+    graph = with_squares(graph);
 
     galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
     if (!ggml_gallocr_alloc_graph(galloc, graph)) {
@@ -165,8 +167,61 @@ void session::find_first_sums() {
     }
 }
 
-// The first round of a step sets the gradients, the others add to them.
-void session::begin_round(int round) {
+// Of the gradients' norm, each stretch of them is summed as soon as it is complete, while caches still hold it: a sum of them all at the end
+// would fetch them from memory once more.
+ggml_cgraph * session::with_squares(ggml_cgraph * old) {
+    const size_t large = 1 << 20;   // bytes of a gradient that is a stretch of its own
+
+    std::unordered_map<const ggml_tensor *, int> last;   // node that writes a gradient
+    for (int i = 0; i < ggml_graph_n_nodes(old); i++) {
+        for (const ggml_tensor * src : ggml_graph_node(old, i)->src) {
+            if (src) {
+                last[src->view_src ? src->view_src : src] = i;
+            }
+        }
+    }
+    std::unordered_map<int, std::vector<ggml_tensor *>> after;   // sums behind a node
+    size_t                                              begin = 0, end = 0;
+    int                                                 node  = n_forward - 1;
+    const auto                                          close = [&]() {
+        ggml_tensor * stretch = ggml_view_1d(ctx_graph, w.gradients, (int64_t) ((end - begin) / sizeof(float)), begin);
+        squares.push_back(ggml_sum_sqr(ctx_graph, stretch));
+        ggml_set_output(squares.back());
+        after[node].push_back(squares.back());
+        begin = end;
+        node  = n_forward - 1;
+    };
+    for (const param & p : w.params) {
+        if (!p.frozen) {
+            const auto it = last.find(p.g);
+            if (end > begin && ggml_nbytes(p.g) >= large) {
+                close();
+            }
+            end  = (size_t) ((char *) p.g->data - (char *) w.gradients->data) + ggml_nbytes(p.g);
+            node = std::max(node, it == last.end() ? 0 : it->second);
+            if (ggml_nbytes(p.g) >= large) {
+                close();
+            }
+        }
+    }
+    if (end > begin) {
+        close();
+    }
+    ggml_cgraph * out = ggml_new_graph_custom(ctx_graph, old->size, false);
+    for (int i = 0; i < ggml_graph_n_nodes(old); i++) {
+        ggml_build_forward_expand(out, ggml_graph_node(old, i));
+        for (ggml_tensor * sum : after[i]) {
+            ggml_build_forward_expand(out, sum);
+        }
+    }
+    return out;
+}
+
+// The first round of a step sets the gradients, the others add to them; after the last they are complete.
+void session::begin_round(int round, int n_rounds) {
+    for (ggml_tensor * sum : squares) {
+        sum->flags = round == n_rounds - 1 ? sum->flags | GGML_TENSOR_FLAG_COMPUTE : sum->flags & ~GGML_TENSOR_FLAG_COMPUTE;
+    }
     for (ggml_tensor * node : first_sums) {
         node->flags = round == 0 ? node->flags | GGML_TENSOR_FLAG_SET : node->flags & ~GGML_TENSOR_FLAG_SET;
     }
@@ -382,7 +437,7 @@ float session::loss_and_gradients() {
         if (n_rounds > 1) {
             reader->next(t.micro_batch, last_batch);
         }
-        begin_round(i);
+        begin_round(i, n_rounds);
         sum += run(graph, last_batch, loss_scale, 1.0f);
         if (!std::isfinite(sum)) {
             break;   // last_batch stays the one that did it
@@ -400,7 +455,7 @@ step_result session::step() {
     r.grad_norm       = NAN;
     const param * bad = nullptr;
     if (std::isfinite(r.loss)) {
-        r.grad_norm = opt->grad_norm(&bad);
+        r.grad_norm = opt->grad_norm(squares, &bad);
     }
     if (!std::isfinite(r.loss) || !std::isfinite(r.grad_norm)) {
         r.bad_tensor = find_bad_tensor();
@@ -447,10 +502,10 @@ std::string session::find_bad_tensor() {
             return "weight " + p.name;
         }
     }
-    begin_round(0);
+    begin_round(0, 2);   // without the sums behind it
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);
-        if (node->op == GGML_OP_NONE) {
+        if (node->op == GGML_OP_NONE || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             continue;
         }
         ggml_cgraph one = ggml_graph_view(graph, i, i + 1);

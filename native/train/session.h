@@ -103,6 +103,7 @@ struct session {
 
     // gradients begin with an operation that can set them instead of adding to them, or with zeros
     std::vector<ggml_tensor *> first_sums, zeroed;
+    std::vector<ggml_tensor *> squares;   // [1] each: of the gradients, one stretch after the other
 
     void          declare();
     void          build_inputs();
@@ -110,7 +111,8 @@ struct session {
     ggml_tensor * class_loss(const net & n);
     ggml_tensor * token_loss(const net & n);
     void          find_first_sums();
-    void          begin_round(int round);
+    ggml_cgraph * with_squares(ggml_cgraph * graph);
+    void          begin_round(int round, int n_rounds);
     void          set_text(const inputs_lookup & in);
     void          set_images(const inputs_lookup & in);
     // -> loss; grad: its own gradient, 1, or 0 where nobody asks for gradients

@@ -94,6 +94,22 @@ def test_activations_computed_again_need_not_be_kept(arch: str) -> None:
     assert needed[True] < needed[False] / 3
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_cheap_activations_are_kept_where_they_are_small(arch: str, tmp_path: Path) -> None:
+    """Twice the micro-batch, and they are not small any more: less than twice the memory, the bytes of whole blocks."""
+    from toy import _native
+
+    model = {"context": 128, "n_ff": 1024}
+    small, large = (Case("large", arch=arch, model=model, train={"batch": n, "micro_batch": n}) for n in (8, 16))
+    assert _native.plan(large.kv)["compute"] < 1.8 * _native.plan(small.kv)["compute"]
+
+    results = []
+    for again in (False, True):
+        ours = parity.trainer(replace(large, train=large.train | {"recompute": again}), tmp_path)
+        results.append(([ours.step()["loss"] for _ in range(2)], {n: w.tobytes() for n, w in ours.weights().items()}))
+    assert results[1] == results[0]
+
+
 def test_dropout_changes_the_steps_and_not_the_evaluation(tmp_path: Path) -> None:
     with_dropout = parity.trainer(CASES[4], tmp_path)
     without = parity.trainer(replace(CASES[4], name="without", lora={"rank": 4, "alpha": 6.0}), tmp_path)
