@@ -34,4 +34,4 @@ class Lora(Llama):
         if a is None:
             return y
         b = self.adapters[f"{name}.weight.lora_b"]
-        return y + self.alpha / a.shape[0] * ((x @ a.T) @ b.T)
+        return y + (self.alpha / a.shape[0] * (x @ a.T)) @ b.T  # scaled where toy does: bf16 rounds what comes of it
