@@ -54,15 +54,35 @@ tensor net::layer_norm(const std::string & name, tensor x) const {
     return ggml_add(ctx, x, get(name + ".bias"));
 }
 
+void kv_cache::begin_graph() {
+    ends.clear();
+    used.clear();
+}
+
+void kv_cache::move_graph(int T) {
+    for (tensor t : ends) {
+        t->view_offs = n_past * t->view_src->nb[1];
+        t->data      = (char *) t->view_src->data + t->view_offs;
+    }
+    for (tensor t : used) {
+        t->ne[2] = n_past + T;
+        t->nb[3] = t->ne[2] * t->nb[2];
+    }
+}
+
 tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3], K = k->ne[1];
     if (cache) {
         // append to the cache, then attend over all of it
         const int64_t past = cache->n_past, S = past + T;
         const auto    append = [&](tensor x, tensor all) {
-            tensor at = ggml_view_2d(ctx, all, D * K, T, all->nb[1], past * all->nb[1]);
-            ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_reshape_2d(ctx, x, D * K, T), at));
-            return ggml_view_4d(ctx, all, D, K, S, 1, D * sizeof(float), all->nb[1], S * all->nb[1], 0);
+            tensor at  = ggml_view_2d(ctx, all, D * K, T, all->nb[1], past * all->nb[1]);
+            tensor put = ggml_cpy(ctx, ggml_reshape_2d(ctx, x, D * K, T), at);
+            ggml_build_forward_expand(gf, put);
+            tensor seen = ggml_view_4d(ctx, all, D, K, S, 1, D * sizeof(float), all->nb[1], S * all->nb[1], 0);
+            cache->ends.insert(cache->ends.end(), { at, put });
+            cache->used.push_back(seen);
+            return seen;
         };
         k = append(k, cache->k[il]);
         v = append(v, cache->v[il]);

@@ -15,6 +15,12 @@ struct kv_cache {
     std::vector<ggml_tensor *> k, v;         // [D*K, S], f32, one each a layer
     int                        n_past = 0;   // slots in use
     int                        n_ctx  = 0;   // slots there are
+
+    std::vector<ggml_tensor *> ends, used;   // of the graph built last: views of the slots behind n_past, and of all up to there
+
+    void begin_graph();
+    // The graph built last, of T tokens, goes on at n_past: nothing else in it depends on how many there are.
+    void move_graph(int T);
 };
 
 // A low-rank term beside some of the products (Hu et al. 2021, arXiv 2106.09685): W x + alpha / r B A x.

@@ -171,8 +171,10 @@ void bind_trainer(py::module_ & m) {
             py::arg("path"), "Go on from a checkpoint directory (checkpoints/step_<N>).");
 
     py::class_<toy::decoder>(m, "Decoder", "A GGUF model with a KV cache, in this process.")
-        .def(py::init<const std::string &, int, int, const std::string &>(), py::arg("path"), py::arg("context") = 0, py::arg("threads") = 1,
-             py::arg("adapter") = "")
+        .def(py::init([](const std::string & path, int context, int threads, const std::string & adapter) {
+                 return std::make_unique<toy::decoder>(std::make_unique<toy::model_file>(path), context, threads, adapter);
+             }),
+             py::arg("path"), py::arg("context") = 0, py::arg("threads") = 1, py::arg("adapter") = "")
         .def(
             "eval",
             [](toy::decoder & d, const std::vector<int32_t> & tokens) {

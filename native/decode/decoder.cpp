@@ -11,17 +11,18 @@ namespace toy {
 
 static constexpr int PREFILL_BATCH = 512;
 
-decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads, const std::string & adapter)
-    : model(gguf_path),
-      hp(hparams::from_gguf(model.file)),
+decoder::decoder(std::unique_ptr<model_file> model_, int n_ctx, int n_threads, const std::string & adapter)
+    : model(std::move(model_)),
+      hp(hparams::from_gguf(model->file)),
       family(arch_of(hp.arch)),
-      lora(adapter.empty() ? nullptr : std::make_unique<lora_file>(adapter, model.file)),
+      lora(adapter.empty() ? nullptr : std::make_unique<lora_file>(adapter, model->file)),
       be("cpu", n_threads) {
+    const std::string & path = model->file.path;
     if (hp.arch == "vit") {
-        throw error("bad_flag", EXIT_BAD_INPUT, gguf_path + " classifies images: it makes no text", "give images with --image");
+        throw error("bad_flag", EXIT_BAD_INPUT, path + " classifies images: it makes no text", "give images with --image");
     }
     if (hp.arch == "gpt2" && n_ctx > hp.n_ctx) {
-        throw error("bad_flag", EXIT_BAD_INPUT, format("%s has %d positions, fewer than %d", gguf_path.c_str(), hp.n_ctx, n_ctx), "lower --context");
+        throw error("bad_flag", EXIT_BAD_INPUT, format("%s has %d positions, fewer than %d", path.c_str(), hp.n_ctx, n_ctx), "lower --context");
     }
     cache.n_ctx        = n_ctx > 0 ? n_ctx : hp.n_ctx;
     const int64_t n_kv = (int64_t) hp.head_dim * hp.n_head_kv;
@@ -41,38 +42,48 @@ decoder::decoder(const std::string & gguf_path, int n_ctx, int n_threads, const 
 }
 
 decoder::~decoder() {
+    ggml_free(ctx_graph);
     ggml_gallocr_free(galloc);
     ggml_backend_buffer_free(buf_cache);
     ggml_free(ctx_cache);
 }
 
-void decoder::eval_batch(const int32_t * tokens, int n) {
-    ggml_context * ctx         = ggml_init({ graph_mem.size(), graph_mem.data(), /*no_alloc =*/true });
-    ggml_cgraph *  gf          = ggml_new_graph_custom(ctx, 128 * (hp.n_layer + 2), false);
-    ggml_tensor *  t_tokens    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-    ggml_tensor *  t_positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-    for (ggml_tensor * t : { t_tokens, t_positions }) {
+void decoder::build(int n) {
+    n_built = 0;
+    ggml_free(ctx_graph);
+    ctx_graph    = ggml_init({ graph_mem.size(), graph_mem.data(), /*no_alloc =*/true });
+    graph        = ggml_new_graph_custom(ctx_graph, 128 * (hp.n_layer + 2), false);
+    in_tokens    = ggml_new_tensor_1d(ctx_graph, GGML_TYPE_I32, n);
+    in_positions = ggml_new_tensor_1d(ctx_graph, GGML_TYPE_I32, n);
+    for (ggml_tensor * t : { in_tokens, in_positions }) {
         ggml_set_input(t);
     }
-    const inputs  in  = { t_tokens, t_positions, nullptr, /*last_only =*/true };
-    const net     n_  = { ctx, model.lookup(), hp, lora ? &lora->adapter : nullptr, /*f32 =*/false, &cache, gf };
-    ggml_tensor * out = family.forward(n_, in);
+    const inputs in = { in_tokens, in_positions, nullptr, /*last_only =*/true };
+    const net    n_ = { ctx_graph, model->lookup(), hp, lora ? &lora->adapter : nullptr, /*f32 =*/false, &cache, graph };
+    cache.begin_graph();
+    out = family.forward(n_, in);
     ggml_set_output(out);
-    ggml_build_forward_expand(gf, out);
-    if (!ggml_gallocr_alloc_graph(galloc, gf)) {
-        ggml_free(ctx);
+    ggml_build_forward_expand(graph, out);
+    if (!ggml_gallocr_alloc_graph(galloc, graph)) {
         throw error("oom", EXIT_FAILED, "out of memory while decoding", "lower --context or use a smaller model");
     }
+    n_built = n;
+}
 
+void decoder::eval_batch(const int32_t * tokens, int n) {
+    if (n == n_built) {
+        cache.move_graph(n);
+    } else {
+        build(n);
+    }
     std::vector<int32_t> positions(n);
     std::iota(positions.begin(), positions.end(), cache.n_past);
-    ggml_backend_tensor_set(t_tokens, tokens, 0, n * sizeof(int32_t));
-    ggml_backend_tensor_set(t_positions, positions.data(), 0, n * sizeof(int32_t));
-    be.compute(gf);
+    ggml_backend_tensor_set(in_tokens, tokens, 0, n * sizeof(int32_t));
+    ggml_backend_tensor_set(in_positions, positions.data(), 0, n * sizeof(int32_t));
+    be.compute(graph);
     logits.resize(hp.n_vocab);
     ggml_backend_tensor_get(out, logits.data(), 0, logits.size() * sizeof(float));
     cache.n_past += n;
-    ggml_free(ctx);
 }
 
 const std::vector<float> & decoder::eval(const int32_t * tokens, int n) {

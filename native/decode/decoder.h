@@ -13,15 +13,15 @@
 namespace toy {
 
 struct decoder {
-    model_file                 model;
-    hparams                    hp;
-    const arch &               family;
-    std::unique_ptr<lora_file> lora;
-    backend                    be;
-    kv_cache                   cache;
+    std::unique_ptr<model_file> model;
+    hparams                     hp;
+    const arch &                family;
+    std::unique_ptr<lora_file>  lora;
+    backend                     be;
+    kv_cache                    cache;
 
     // n_ctx 0: the model's own; adapter "": none. Throws toy::error (bad_file, oom).
-    decoder(const std::string & gguf_path, int n_ctx, int n_threads, const std::string & adapter = "");
+    decoder(std::unique_ptr<model_file> model, int n_ctx, int n_threads, const std::string & adapter = "");
     ~decoder();
     decoder(const decoder &)             = delete;
     decoder & operator=(const decoder &) = delete;
@@ -36,6 +36,13 @@ struct decoder {
     std::vector<uint8_t>  graph_mem;
     std::vector<float>    logits;
 
+    // The graph of the last batch, which the next of as many tokens uses again: an answer builds one.
+    int            n_built   = 0;   // tokens
+    ggml_context * ctx_graph = nullptr;
+    ggml_cgraph *  graph;
+    ggml_tensor *  in_tokens, *in_positions, *out;
+
+    void build(int n);
     void eval_batch(const int32_t * tokens, int n);
 };
 

@@ -48,16 +48,15 @@ static int infer() {
         strtoull(toy::env("SEED", "0").c_str(), nullptr, 10),
     };
     // no more cache than this answer can fill: a model's own context may be far larger
-    const toy::gguf_file meta(toy::env("GGUF"));
-    const toy::hparams   hp    = toy::hparams::from_gguf(meta);
-    const int64_t        limit = n_ctx > 0 ? n_ctx : hp.n_ctx;
-    const int            slots = (int) std::min<int64_t>(limit, (int64_t) prompt.n + std::max(n_predict, 1));
+    auto          model = std::make_unique<toy::model_file>(toy::env("GGUF"));
+    const int64_t limit = n_ctx > 0 ? n_ctx : toy::hparams::from_gguf(model->file).n_ctx;
+    const int     slots = (int) std::min<int64_t>(limit, (int64_t) prompt.n + std::max(n_predict, 1));
     if ((int64_t) prompt.n > limit) {
         throw toy::error("bad_flag", toy::EXIT_BAD_INPUT,
                          toy::format("the prompt has %zu tokens, the context holds %lld", prompt.n, (long long) limit),
                          "shorten the prompt or raise --context");
     }
-    toy::decoder dec(meta.path, slots, n_threads > 0 ? n_threads : toy::usable_cores(), toy::env("ADAPTER"));
+    toy::decoder dec(std::move(model), slots, n_threads > 0 ? n_threads : toy::usable_cores(), toy::env("ADAPTER"));
     for (size_t i = 0; i < prompt.n; i++) {
         if (prompt.tokens[i] < 0 || prompt.tokens[i] >= dec.hp.n_vocab) {
             throw toy::error("bad_flag", toy::EXIT_BAD_INPUT,
