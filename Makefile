@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PLAY   := playground
+SANITIZERS ?= address,undefined thread
 
 .PHONY: setup train test test-slow sanitize bench gate lint format clean
 
@@ -31,10 +32,15 @@ test: $(VENV)/.test ## everything but the long runs
 test-slow: $(VENV)/.test ## the long runs: published losses
 	$(BIN)/python -m pytest -m slow tests/slow
 
-sanitize: $(VENV)/.test ## the native tests under the address, undefined-behaviour and thread sanitizers
-	for s in address undefined thread; do \
-	    $(BIN)/cmake -B build/$$s -DTOY_SANITIZE=$$s -DTOY_TESTS=ON -DTOY_RUNNERS=OFF && $(BIN)/cmake --build build/$$s && \
-	    $(BIN)/ctest --test-dir build/$$s --output-on-failure || exit 1; \
+# each in a source of its own that links to this one (TOY_HOME), with its own build/ and libexec/
+sanitize: $(VENV)/.test ## the native tests, and each recipe's runner, under the address, undefined-behaviour and thread sanitizers
+	for s in $(SANITIZERS); do \
+	    export TOY_SANITIZE=$$s TOY_HOME=$(CURDIR)/build/sanitize/$${s%%,*}; \
+	    mkdir -p $$TOY_HOME && ln -sfn $(CURDIR)/CMakeLists.txt $(CURDIR)/native $(CURDIR)/vendor-patches $$TOY_HOME && \
+	    $(BIN)/toy install && \
+	    $(BIN)/cmake -B $$TOY_HOME/build/native -DTOY_TESTS=ON && $(BIN)/cmake --build $$TOY_HOME/build/native && \
+	    $(BIN)/ctest --test-dir $$TOY_HOME/build/native --output-on-failure && \
+	    $(BIN)/python -m pytest tests/cpu/test_resume_kill.py -k sigterm || exit 1; \
 	done
 
 bench: $(VENV)/.test ## toy against PyTorch and llama.cpp, and the GEMM roof, in one run
