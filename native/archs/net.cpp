@@ -39,12 +39,6 @@ tensor net::linear(const std::string & name, tensor x) const {
     return y;
 }
 
-tensor net::linear_rows(const std::string & name, tensor x, int64_t first, int64_t n) const {
-    tensor w = get(name + ".weight"), b = get(name + ".bias");
-    w = ggml_view_2d(ctx, w, w->ne[0], n, w->nb[1], first * w->nb[1]);
-    return ggml_add(ctx, product(w, x), ggml_view_1d(ctx, b, n, first * b->nb[0]));
-}
-
 tensor net::rms_norm(const std::string & name, tensor x) const {
     return ggml_mul(ctx, ggml_rms_norm(ctx, x, hp.norm_eps), get(name + ".weight"));
 }
@@ -116,10 +110,8 @@ tensor gelu_block(const net & n, int il, tensor x, int64_t T, bool causal) {
     const std::string b   = block_name(il);
 
     tensor h = n.layer_norm(b + "attn_norm", x);
-    tensor q = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 0 * C, C), D, H, T, B);
-    tensor k = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 1 * C, C), D, H, T, B);
-    tensor v = ggml_reshape_4d(ctx, n.linear_rows(b + "attn_qkv", h, 2 * C, C), D, H, T, B);
-    x        = ggml_add(ctx, x, n.linear(b + "attn_output", n.attention(il, q, k, v, causal)));
+    h        = n.attention_qkv(il, n.linear(b + "attn_qkv", h), T, causal);
+    x        = ggml_add(ctx, x, n.linear(b + "attn_output", h));
     ggml_format_name(x, "blk.%d.attn_residual", il);
 
     h = ggml_gelu(ctx, n.linear(b + "ffn_up", n.layer_norm(b + "ffn_norm", x)));   // [F, T*B]

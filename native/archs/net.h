@@ -51,8 +51,6 @@ struct net {
 
     // x [in, N] -> [out, N]: `name`.weight, with `name`.bias and an adapter where they exist
     ggml_tensor * linear(const std::string & name, ggml_tensor * x) const;
-    // the same with the rows [first, first + n) of the matrix only: one of several that are stored as one
-    ggml_tensor * linear_rows(const std::string & name, ggml_tensor * x, int64_t first, int64_t n) const;
     // x [C, N]; `name`.weight, and `name`.bias for layer_norm
     ggml_tensor * rms_norm(const std::string & name, ggml_tensor * x) const;
     ggml_tensor * layer_norm(const std::string & name, ggml_tensor * x) const;

@@ -118,6 +118,17 @@ struct recomputation {
 
 }   // namespace
 
+// The gradient of a bias is summed up by the product that gives the weight's, where the two are neighbours: nothing may come between.
+// -> that product, if node i begins such a sum
+static ggml_tensor * weight_gradient_after(ggml_cgraph * graph, int i) {
+    const ggml_tensor * t = ggml_graph_node(graph, i);
+    if (t->op != GGML_OP_REPEAT_BACK || i + 2 >= ggml_graph_n_nodes(graph)) {
+        return nullptr;
+    }
+    ggml_tensor * product = ggml_graph_node(graph, i + 2);
+    return product->op == GGML_OP_OUT_PROD && product->src[1] == t->src[0] ? product : nullptr;
+}
+
 ggml_cgraph * recompute_activations(ggml_context * ctx, ggml_cgraph * graph, int n_forward, recompute what) {
     recomputation r = { ctx, what == recompute::CHEAP ? cheap(graph, n_forward) : inside_blocks(graph, n_forward), {} };
     if (what == recompute::CHEAP && bytes_kept(graph, n_forward, r.dropped) < WORTH_IT) {
@@ -129,6 +140,9 @@ ggml_cgraph * recompute_activations(ggml_context * ctx, ggml_cgraph * graph, int
         ggml_tensor * t = ggml_graph_node(graph, i);
         if (i >= n_forward) {
             r.take_sources(t, t);
+        }
+        if (ggml_tensor * product = weight_gradient_after(graph, i)) {
+            ggml_build_forward_expand(out, r.of(product->src[0]));
         }
         ggml_build_forward_expand(out, t);
     }
