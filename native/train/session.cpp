@@ -167,10 +167,10 @@ void session::find_first_sums() {
     }
 }
 
-// Of the gradients' norm, each stretch of them is summed as soon as it is complete, while caches still hold it: a sum of them all at the end
-// would fetch them from memory once more.
+// Of the gradients' norm, a large gradient is summed as soon as it is complete, while caches still hold it: a sum of them all at the end would
+// fetch it from memory once more. Those between them come at the end, where they part no operations that are computed as one.
 ggml_cgraph * session::with_squares(ggml_cgraph * old) {
-    const size_t large = 1 << 20;   // bytes of a gradient that is a stretch of its own
+    const size_t large = 1 << 20;   // bytes
 
     std::unordered_map<const ggml_tensor *, int> last;   // node that writes a gradient
     for (int i = 0; i < ggml_graph_n_nodes(old); i++) {
@@ -180,32 +180,28 @@ ggml_cgraph * session::with_squares(ggml_cgraph * old) {
             }
         }
     }
-    std::unordered_map<int, std::vector<ggml_tensor *>> after;   // sums behind a node
-    size_t                                              begin = 0, end = 0;
-    int                                                 node  = n_forward - 1;
-    const auto                                          close = [&]() {
-        ggml_tensor * stretch = ggml_view_1d(ctx_graph, w.gradients, (int64_t) ((end - begin) / sizeof(float)), begin);
-        squares.push_back(ggml_sum_sqr(ctx_graph, stretch));
+    std::unordered_map<int, std::vector<ggml_tensor *>> after;   // the sums behind a node
+    std::vector<ggml_tensor *>                          rest;
+    const auto                                          sum_of = [&](size_t begin, size_t end) {
+        squares.push_back(ggml_sum_sqr(ctx_graph, ggml_view_1d(ctx_graph, w.gradients, (int64_t) ((end - begin) / sizeof(float)), begin)));
         ggml_set_output(squares.back());
-        after[node].push_back(squares.back());
-        begin = end;
-        node  = n_forward - 1;
+        return squares.back();
     };
+    size_t done = 0;   // bytes of the row of all gradients
     for (const param & p : w.params) {
-        if (!p.frozen) {
-            const auto it = last.find(p.g);
-            if (end > begin && ggml_nbytes(p.g) >= large) {
-                close();
-            }
-            end  = (size_t) ((char *) p.g->data - (char *) w.gradients->data) + ggml_nbytes(p.g);
-            node = std::max(node, it == last.end() ? 0 : it->second);
-            if (ggml_nbytes(p.g) >= large) {
-                close();
-            }
+        const auto it = last.find(p.g);
+        if (p.frozen || it == last.end() || ggml_nbytes(p.g) < large) {
+            continue;
         }
+        const size_t at = (size_t) ((char *) p.g->data - (char *) w.gradients->data);
+        if (at > done) {
+            rest.push_back(sum_of(done, at));
+        }
+        done = at + ggml_nbytes(p.g);
+        after[it->second].push_back(sum_of(at, done));
     }
-    if (end > begin) {
-        close();
+    if (done < ggml_nbytes(w.gradients)) {
+        rest.push_back(sum_of(done, ggml_nbytes(w.gradients)));
     }
     ggml_cgraph * out = ggml_new_graph_custom(ctx_graph, old->size, false);
     for (int i = 0; i < ggml_graph_n_nodes(old); i++) {
@@ -213,6 +209,9 @@ ggml_cgraph * session::with_squares(ggml_cgraph * old) {
         for (ggml_tensor * sum : after[i]) {
             ggml_build_forward_expand(out, sum);
         }
+    }
+    for (ggml_tensor * sum : rest) {
+        ggml_build_forward_expand(out, sum);
     }
     return out;
 }
