@@ -10,6 +10,8 @@
 namespace toy {
 
 static constexpr size_t NODES_A_LAYER = 128;
+static constexpr size_t COLUMNS       = 128;   // whose logits are there at a time
+static constexpr size_t PADDED_TO     = 16;    // few columns would be computed another way than many, with other bits
 
 scorer::scorer(const std::string & gguf_path, const std::string & adapter_path, int n_threads)
     : model(gguf_path), hp(hparams::from_gguf(model.file)), family(arch_of(hp.arch)), be("cpu", n_threads > 0 ? n_threads : usable_cores()) {
@@ -17,16 +19,19 @@ scorer::scorer(const std::string & gguf_path, const std::string & adapter_path, 
         adapter = std::make_unique<lora_file>(adapter_path, model.file);
     }
     galloc               = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
+    galloc_head          = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
     const size_t n_nodes = NODES_A_LAYER * (hp.n_layer + 2);
     graph_mem.resize(n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false));
+    head_mem.resize(NODES_A_LAYER * ggml_tensor_overhead() + ggml_graph_overhead_custom(NODES_A_LAYER, false));
 }
 
 scorer::~scorer() {
+    ggml_gallocr_free(galloc_head);
     ggml_gallocr_free(galloc);
 }
 
 void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const std::vector<float> & patches, bool last_only,
-                     const std::function<void(const ggml_tensor *)> & read) {
+                     const std::vector<int32_t> & columns, const reader & read) {
     if (T > hp.n_ctx && patches.empty() && model.file.tensor("position_embd.weight")) {
         throw error("bad_flag", EXIT_BAD_INPUT, format("%d tokens at once, and %s has %d positions", T, model.file.path.c_str(), hp.n_ctx),
                     "shorten the prompt or lower --context");
@@ -51,9 +56,9 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     n.f32  = false;   // products of quantised weights as the decoder does them
     n.gf   = gf;
 
-    ggml_tensor * logits = family.forward(n, in);
-    ggml_set_output(logits);
-    ggml_build_forward_expand(gf, logits);
+    ggml_tensor * hidden = family.hidden(n, in);
+    ggml_set_output(hidden);
+    ggml_build_forward_expand(gf, hidden);
     if (!ggml_gallocr_alloc_graph(galloc, gf)) {
         throw error("oom", EXIT_FAILED, "out of memory while scoring", "lower --context or use a smaller model");
     }
@@ -66,7 +71,35 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
         ggml_backend_tensor_set(in.patches, patches.data(), 0, patches.size() * sizeof(float));
     }
     be.compute(gf);
-    read(logits);
+    head(hidden, columns, read);
+}
+
+void scorer::head(const ggml_tensor * hidden, const std::vector<int32_t> & columns, const reader & read) {
+    for (size_t first = 0; first < columns.size(); first += COLUMNS) {
+        const size_t         n = std::min(COLUMNS, columns.size() - first);
+        std::vector<int32_t> picked(columns.begin() + first, columns.begin() + first + n);
+        picked.resize((n + PADDED_TO - 1) / PADDED_TO * PADDED_TO, picked.back());
+
+        std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(ggml_init({ head_mem.size(), head_mem.data(), /*no_alloc =*/true }), ggml_free);
+        ggml_cgraph *                                       gf = ggml_new_graph_custom(ctx.get(), NODES_A_LAYER, false);
+
+        ggml_tensor * all = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, hidden->ne[0], hidden->ne[1]);   // without what it was computed from
+        ggml_tensor * ids = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, (int64_t) picked.size());
+        ggml_backend_tensor_alloc(hidden->buffer, all, hidden->data);
+        ggml_set_input(ids);
+        net net_             = { ctx.get(), model.lookup(), hp };
+        net_.lora            = adapter ? &adapter->adapter : nullptr;
+        net_.f32             = false;
+        ggml_tensor * logits = net_.linear(family.head(hp), ggml_get_rows(ctx.get(), all, ids));
+        ggml_set_output(logits);
+        ggml_build_forward_expand(gf, logits);
+        if (!ggml_gallocr_alloc_graph(galloc_head, gf)) {
+            throw error("oom", EXIT_FAILED, "out of memory while scoring", "lower --context or use a smaller model");
+        }
+        ggml_backend_tensor_set(ids, picked.data(), 0, ggml_nbytes(ids));
+        be.compute(gf);
+        read(logits, first, n);
+    }
 }
 
 double nll_of(const float * logits, int64_t n, int32_t label) {
@@ -97,21 +130,26 @@ std::vector<scored> scorer::score(const std::vector<sequence> & sequences) {
             }
         }
     }
+    std::vector<int32_t> learned;   // columns with a label
+    for (size_t i = 0; i < T * B; i++) {
+        if (labels[i] >= 0) {
+            learned.push_back((int32_t) i);
+        }
+    }
     std::vector<double> nll(T * B, 0.0);
-    compute((int) T, B, tokens, {}, false, [&](const ggml_tensor * logits) {
+    compute((int) T, B, tokens, {}, false, learned, [&](const ggml_tensor * logits, size_t first, size_t n) {
         // each token's own sum is in one thread, so that their number changes nothing
         const auto part = [&](size_t from) {
             std::vector<float> row(hp.n_vocab);
-            for (size_t i = from; i < T * B; i += be.n_threads) {
-                if (labels[i] >= 0) {
-                    ggml_backend_tensor_get(logits, row.data(), i * logits->nb[1], row.size() * sizeof(float));
-                    nll[i] = nll_of(row.data(), hp.n_vocab, labels[i]);
-                }
+            for (size_t i = from; i < n; i += be.n_threads) {
+                const int32_t at = learned[first + i];
+                ggml_backend_tensor_get(logits, row.data(), i * logits->nb[1], row.size() * sizeof(float));
+                nll[at] = nll_of(row.data(), hp.n_vocab, labels[at]);
             }
         };
         std::vector<std::thread> threads;
-        for (int n = 1; n < be.n_threads; n++) {
-            threads.emplace_back(part, n);
+        for (int t = 1; t < be.n_threads; t++) {
+            threads.emplace_back(part, t);
         }
         part(0);
         for (std::thread & t : threads) {
@@ -131,8 +169,8 @@ std::vector<scored> scorer::score(const std::vector<sequence> & sequences) {
 
 std::vector<float> scorer::next(const int32_t * tokens, int n) {
     std::vector<float> out(hp.n_vocab);
-    compute(n, 1, std::vector<int32_t>(tokens, tokens + n), {}, true,
-            [&](const ggml_tensor * logits) { ggml_backend_tensor_get(logits, out.data(), 0, out.size() * sizeof(float)); });
+    compute(n, 1, std::vector<int32_t>(tokens, tokens + n), {}, true, { 0 },
+            [&](const ggml_tensor * logits, size_t, size_t) { ggml_backend_tensor_get(logits, out.data(), 0, out.size() * sizeof(float)); });
     return out;
 }
 
@@ -161,13 +199,15 @@ std::vector<classified> scorer::classify(image_file & images, int64_t first, int
     batch                   b;
     std::vector<classified> out;
     read_in_order(set, 0, 1, end - first, (int) (end - first), b);
-    compute(0, (int) (end - first), {}, b.patches, false, [&](const ggml_tensor * logits) {
-        for (int64_t i = 0; i < end - first; i++) {
-            const int32_t label = b.labels[i] < V ? b.labels[i] : -1;
+    std::vector<int32_t> columns(end - first);
+    std::iota(columns.begin(), columns.end(), 0);
+    compute(0, (int) (end - first), {}, b.patches, false, columns, [&](const ggml_tensor * logits, size_t at, size_t n) {
+        for (size_t i = 0; i < n; i++) {
+            const int32_t label = b.labels[at + i] < V ? b.labels[at + i] : -1;
             out.push_back({ label, NAN, std::vector<float>(V) });
-            ggml_backend_tensor_get(logits, out[i].logits.data(), i * logits->nb[1], V * sizeof(float));
+            ggml_backend_tensor_get(logits, out.back().logits.data(), i * logits->nb[1], V * sizeof(float));
             if (label >= 0) {
-                out[i].nll = nll_of(out[i].logits.data(), V, label);
+                out.back().nll = nll_of(out.back().logits.data(), V, label);
             }
         }
     });

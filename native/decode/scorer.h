@@ -61,12 +61,16 @@ struct scorer {
   private:
     void normalise_as_trained(image_file & images) const;
 
-    ggml_gallocr_t       galloc;
-    std::vector<uint8_t> graph_mem;
+    ggml_gallocr_t       galloc, galloc_head;
+    std::vector<uint8_t> graph_mem, head_mem;
 
-    // Builds the graph of one batch, computes it, and calls `read` with the logits.
+    using reader = std::function<void(const ggml_tensor * logits, size_t first, size_t n)>;
+
+    // Computes one batch, and calls `read` with the logits of some of its columns at a time: columns[first], …, columns[first + n - 1].
+    // Those of all at once would be the largest tensor of all.
     void compute(int T, int B, const std::vector<int32_t> & tokens, const std::vector<float> & patches, bool last_only,
-                 const std::function<void(const ggml_tensor * logits)> & read);
+                 const std::vector<int32_t> & columns, const reader & read);
+    void head(const ggml_tensor * hidden, const std::vector<int32_t> & columns, const reader & read);
 };
 
 // -log p(label) of logits [V], in double.
