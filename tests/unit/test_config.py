@@ -220,14 +220,22 @@ def of(recipe: str, arch: str, **sections: dict[str, object]) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("batch", "context", "at_once"),
-    [(4, 512, 1), (16, 256, 2), (12, 64, 12), (8, 197, 4), (7, 256, 7), (9, 256, 3), (1, 2048, 1), (64, 8, 64)],
-)
-def test_a_micro_batch_is_as_few_sequences_as_run_at_full_speed(batch: int, context: int, at_once: int) -> None:
-    sizes: dict[str, dict[str, int]] = {"train": {"batch": batch}, "model": {"context": context}}
+    ("batch", "context", "width", "at_once"),
+    [
+        (16, 256, 256, 8), (8, 256, 256, 8), (7, 256, 256, 7), (11, 256, 256, 11), (64, 8, 2048, 64),
+        (4, 512, 512, 1), (1, 2048, 512, 1), (12, 64, 512, 12), (8, 256, 2048, 2), (9, 256, 2048, 3),
+        (6, 1024, 2048, 1),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_holds_so_many_activations(batch: int, context: int, width: int, at_once: int) -> None:
+    """The bound, and in wide models what makes 512 tokens; a batch that cannot be cut so stays whole."""
+    layers = 8 if width == 512 else 6
+    sizes = {"train": {"batch": batch}, "model": {"context": context, "n_embd": width, "n_layer": layers}}
     assert config.resolve(Config.model_validate(sizes)).train.micro_batch == at_once
     sizes["train"]["micro_batch"] = batch
     assert config.resolve(Config.model_validate(sizes)).train.micro_batch == batch, "as it is asked for"
+    sizes["train"] = {"batch": batch, "recompute": True}
+    assert config.resolve(Config.model_validate(sizes)).train.micro_batch >= at_once, "fewer activations"
 
 
 def test_autos_of_each_architecture() -> None:
@@ -412,7 +420,7 @@ def test_resolve_leaves_no_auto() -> None:
     assert resolved.model.context == 256
     assert resolved.model.n_ff == 704
     assert resolved.model.n_head_kv == 8
-    assert resolved.train.micro_batch == 2, "512 tokens at once"
+    assert resolved.train.micro_batch == 8
     assert resolved.train.warmup_steps == 100
     assert resolved.train.min_learning_rate == 1e-4
     assert resolved.eval.batches == 25

@@ -200,7 +200,7 @@ class Train(Section):
         min=0,
         max=1_000_000,
         unit="sequences",
-        auto=(0, "as few as make 512 tokens"),
+        auto=(0, "the batch, or what 160 MiB of activations hold, 512 tokens at least"),
     )
     learning_rate: float = knob(1e-3, "Peak learning rate.", min=0.0, max=10.0)
     min_learning_rate: float = knob(

@@ -11,7 +11,8 @@ from toy.config.knobs import Config
 
 MOST_EVAL_BATCHES = 64  # what an evaluation reads of a text at most, unless eval.batches says so
 DEFAULT_CONTEXT = 256
-FULL_SPEED = 512  # tokens at once from which the products of a processor lose little; more only cost memory
+FULL_SPEED = 512  # tokens at once from which the products of a processor lose little
+MOST_ACTIVATIONS = 160 << 20  # bytes of activations of a micro-batch, unless 512 tokens take more
 LARGEST_IMAGE = 224  # what ViT-Tiny was made for; larger images are brought to it unless model.image_size says so
 
 
@@ -42,13 +43,25 @@ def patch_size(image: int) -> int:
     return next(size for size in range(limit, 0, -1) if image % size == 0)
 
 
-def micro_batch(batch: int, context: int, device: str) -> int:
-    """Sequences at once: as few as run at full speed. Activations take memory in proportion, and the update is the same
-    however a batch is cut."""
-    if device != "cpu":
+def activation_bytes(config: Config) -> int:
+    """What a token leaves in memory for the gradients, about: of each block its input, q, k, v, what attention makes,
+    the sum after it, and the feed-forward layer before its activation function. Norms are computed again."""
+    model = config.model
+    block = 6 * model.n_embd + (1 if config.run.arch in ("gpt2", "vit") else 2) * model.n_ff
+    kept = model.n_layer * model.n_embd + block if config.train.recompute else model.n_layer * block
+    return 4 * kept
+
+
+def micro_batch(config: Config) -> int:
+    """Sequences at once: as many as keep activations within a bound, but enough to run at full speed. The update is the
+    same however a batch is cut; on other devices it is not cut, because their speed wants all of it."""
+    batch, context = config.train.batch, config.model.context
+    if config.run.device != "cpu":
         return batch
-    whole = (n for n in range(1, batch) if batch % n == 0 and n * context >= FULL_SPEED)
-    return next(whole, batch)
+    sizes = [n for n in range(1, batch + 1) if batch % n == 0]
+    within = [n for n in sizes if n * context * activation_bytes(config) <= MOST_ACTIVATIONS]
+    fast = [n for n in sizes if n * context >= FULL_SPEED]
+    return max(within[-1] if within else 1, fast[0] if fast else batch)
 
 
 def resolve(
@@ -75,7 +88,7 @@ def resolve(
         targets = words_of(out.lora.targets)
         out.lora.targets = "all" if "all" in targets else ",".join(targets)
         out.lora.alpha = out.lora.alpha or 2.0 * out.lora.rank
-    train.micro_batch = train.micro_batch or micro_batch(train.batch, model.context, out.run.device)
+    train.micro_batch = train.micro_batch or micro_batch(out)
     if out.eval.batches == 0 and (val_tokens is not None or val_items is not None):
         items = max(1, (val_tokens or 0) // model.context) if val_items is None else max(1, val_items)
         whole = math.ceil(items / train.batch)
