@@ -105,7 +105,6 @@ std::string block_name(int il) {
 }
 
 tensor gelu_block(const net & n, int il, tensor x, int64_t T, bool causal) {
-    const int64_t     C = n.hp.n_embd, H = n.hp.n_head, D = n.hp.head_dim, B = x->ne[1] / T;
     ggml_context *    ctx = n.ctx;
     const std::string b   = block_name(il);
 

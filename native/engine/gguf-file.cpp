@@ -6,6 +6,7 @@
 
 #include <sys/stat.h>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 
@@ -129,8 +130,16 @@ double gguf_file::get_num(const std::string & key, double def) const {
     }
 }
 
+static int64_t whole(const gguf_file & file, const std::string & key, double v) {
+    if (!(std::fabs(v) <= INT32_MAX) || v != std::floor(v)) {
+        throw error("bad_file", EXIT_BAD_INPUT, format("%s: %s = %g is not a whole number of 32 bits", file.path.c_str(), key.c_str(), v),
+                    "the file is damaged: export it again from where it came");
+    }
+    return (int64_t) v;
+}
+
 int64_t gguf_file::get_int(const std::string & key, int64_t def) const {
-    return (int64_t) get_num(key, (double) def);
+    return whole(*this, key, get_num(key, (double) def));
 }
 
 int64_t gguf_file::need_int(const std::string & key) const {
@@ -140,7 +149,7 @@ int64_t gguf_file::need_int(const std::string & key) const {
         throw error("bad_file", EXIT_BAD_INPUT, format("%s has no %s", path.c_str(), key.c_str()),
                     "the file is not a complete model: export it again from where it came");
     }
-    return (int64_t) v;
+    return whole(*this, key, v);
 }
 
 size_t gguf_file::tensor_offset(const std::string & name) const {

@@ -32,10 +32,13 @@ image_file::image_file(const std::string & folder) : file(folder + "/images.bin"
     height              = header[2];
     width               = header[3];
     n_class             = header[4];
-    const uint64_t need = 64 + (uint64_t) n_images * (4 + (uint64_t) n_channel * height * width);
-    if (n_images == 0 || n_channel == 0 || height == 0 || width == 0 || need != file.bytes) {
+    const uint32_t most = 65535;   // the knobs stop far below; above, the product of all could begin again at zero
+    const bool     sane = n_images > 0 && std::min({ n_channel, height, width }) > 0 && std::max({ n_channel, height, width }) <= most;
+    const uint64_t each = 4 + (uint64_t) n_channel * height * width, rest = file.bytes - 64;
+    if (!sane || rest % n_images != 0 || rest / n_images != each) {
         throw error("bad_file", EXIT_BAD_INPUT,
-                    format("%s has %zu bytes where its header says %llu", file.path.c_str(), file.bytes, (unsigned long long) need),
+                    format("%s has %zu bytes, which are not the %u images of %u x %u x %u that its header says", file.path.c_str(), file.bytes,
+                           n_images, width, height, n_channel),
                     "pack the images again");
     }
     labels = (const int32_t *) (p + 64);

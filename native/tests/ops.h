@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -67,24 +68,29 @@ inline float get(const ggml_tensor * t, int64_t i0, int64_t i1 = 0, int64_t i2 =
 struct context {
     inline static const size_t n_bytes = 256 * 1024 * 1024;
 
-    inline static std::vector<void *> unused;   // given back, full of NaN again
+    struct freed {
+        void operator()(void * p) const { free(p); }
+    };
+    using block = std::unique_ptr<void, freed>;
 
-    void *         memory;
+    inline static std::vector<block> unused;   // given back, full of NaN again
+
+    block          memory;
     ggml_context * ctx;
 
     context() {
         if (unused.empty()) {
-            unused.push_back(memset(malloc(n_bytes), 0xff, n_bytes));
+            unused.emplace_back(memset(malloc(n_bytes), 0xff, n_bytes));
         }
-        memory = unused.back();
+        memory = std::move(unused.back());
         unused.pop_back();
-        ctx = ggml_init({ n_bytes, memory, false });
+        ctx = ggml_init({ n_bytes, memory.get(), false });
     }
     context(const context &) = delete;
     ~context() {
-        memset(memory, 0xff, ggml_used_mem(ctx));
-        unused.push_back(memory);
+        memset(memory.get(), 0xff, ggml_used_mem(ctx));
         ggml_free(ctx);
+        unused.push_back(std::move(memory));
     }
     operator ggml_context *() { return ctx; }
 };

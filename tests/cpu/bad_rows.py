@@ -73,6 +73,7 @@ ROWS = {
     "base-is-a-lora-run": row("train lora --model lora-run", "bad_file", "an adapter", "toy merge"),
     "base-of-another-shape": row("train lora --model shape.gguf", "bad_file", "64 x 200"),
     "base-without-its-shape": row("train lora --model shapeless.gguf", "bad_file", "llama.feed_forward_length"),
+    "base-with-a-shape-of-fractions": row("train lora --model fraction.gguf", "bad_file", "feed_forward_length"),
     "base-keeps-its-shape": row(
         "train lora --model good.gguf --set model.n_layer=5",
         "bad_config",
@@ -179,6 +180,7 @@ ROWS = {
     # models
     "model-missing": row("infer nowhere.gguf --prompt a", "missing_file", "nowhere.gguf"),
     "model-truncated": row("infer truncated.gguf --prompt a", "bad_file", "truncated.gguf"),
+    "model-of-fractions": row("infer fraction.gguf --prompt a", "bad_file", "feed_forward_length"),
     "model-cut-in-its-head": row("infer head.gguf --prompt a", "bad_file", "head.gguf"),
     "model-not-a-gguf": row("infer not.gguf --prompt a", "bad_file", "not.gguf"),
     "model-of-another-architecture": row("infer mamba.gguf --prompt a", "not_available", "mamba"),

@@ -72,6 +72,7 @@ def things(cold_toy: Toy, trained: Trained, others: Path) -> Iterator[Path]:
     assert struct.unpack("<I", good[value : value + 4]) == (192,)
     (at / "shape.gguf").write_bytes(good[:value] + struct.pack("<I", 200) + good[value + 4 :])
     (at / "shapeless.gguf").write_bytes(good.replace(width, width[:-1] + b"_"))
+    (at / "fraction.gguf").write_bytes(good[: value - 4] + struct.pack("<If", 6, 1e30) + good[value + 4 :])
     (at / "other.gguf").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     (at / "mute.gguf").write_bytes(good.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.nothin"))
     (at / "device.yml").write_text("run:\n  device: cpuu\n")
