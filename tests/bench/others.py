@@ -182,7 +182,7 @@ def beginnings(threads: int, rounds: int, quiet: Quiet) -> list[Figure]:
 
 
 def long_context(threads: int) -> list[Figure]:
-    """Memory is the same on a busy machine: no quiet turn is needed."""
+    """As many tokens at once on both sides. Memory is the same on a busy machine: no quiet turn is needed."""
     short = SHAPES["L"]
     long = dataclasses.replace(short, batch=1, context=short.batch * short.context)
     limit = 1.2
@@ -191,7 +191,7 @@ def long_context(threads: int) -> list[Figure]:
         lambda value: value <= limit, other_name=f"toy at {short.batch} x {short.context}",
     )  # fmt: skip
     for shape, into in ((long, figure.toy), (short, figure.other)):
-        run = ToyRun(dataclasses.replace(shape, warm=1, measured=1), "f32", threads)
+        run = ToyRun(dataclasses.replace(shape, warm=1, measured=1), "f32", threads, whole=True)
         try:
             run.turn()
             into.append(run.peaks()[0] / 1e6)

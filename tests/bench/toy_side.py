@@ -110,7 +110,8 @@ class ToyRun:
     """One run, started when it is made and at once stopped (SIGSTOP), that goes on for a number of steps at each turn:
     as PyTorch's side, it waits while the others are measured. It is never let come to its end."""
 
-    def __init__(self, shape: Shape, dtype: str, threads: int) -> None:
+    def __init__(self, shape: Shape, dtype: str, threads: int, whole: bool = False) -> None:
+        """`whole`: the batch at once, where toy by itself would cut it."""
         self.shape = shape
         self.folder = tempfile.TemporaryDirectory(prefix="toy-bench-")
         self.at = Path(self.folder.name)
@@ -120,14 +121,15 @@ class ToyRun:
         self.runner = 0
         self.start: dict[str, Any] = {}
         try:
-            self.launch(dtype, threads)
+            self.launch(dtype, threads, whole)
         except BaseException:
             self.close()
             raise
 
-    def launch(self, dtype: str, threads: int) -> None:
+    def launch(self, dtype: str, threads: int, whole: bool) -> None:
         words = [*train_words(self.shape, self.at), "--threads", str(threads), "--set", f"train.dtype={dtype}"]
         words += ["--set", "eval.every=0", "--set", "eval.batches=1", "--set", "checkpoint.every=0"]
+        words += ["--set", f"train.micro_batch={self.shape.batch}"] if whole else []
         words += ["--steps", str(ENOUGH), "--no-sample", "--out", str(self.run)]
         with (self.at / "log").open("wb") as log:
             self.process = subprocess.Popen(
