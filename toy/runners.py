@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from toy import __version__
-from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ToyError, os_error, shown
+from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, KINDS, ToyError, os_error, shown
 
 # --- places ---------------------------------------------------------------------------------------------------------
 
@@ -432,15 +432,17 @@ class Result:
         return self.returncode == EXIT_INTERRUPTED or (self.stopped and self.returncode < 0)
 
     def tail(self) -> list[str]:
-        """Its last stderr lines, without the `error:` and `hint:` that become ours."""
-        return [line for line in self.stderr if not line.startswith(("error: ", "hint: "))]
+        """Its last stderr lines, without those that become ours."""
+        return [line for line in self.stderr if not line.startswith(("error: ", "hint: ", "kind: "))]
 
-    def error(self, kind: str = "runner_failed") -> ToyError | None:
-        """What to tell the user, or None when it ended well. `kind` is for a failure that it explained itself."""
+    def _told(self, word: str) -> str:
+        return next((line.removeprefix(word) for line in reversed(self.stderr) if line.startswith(word)), "")
+
+    def error(self) -> ToyError | None:
+        """What to tell the user, or None when it ended well."""
         if self.returncode == 0:
             return None
-        message = next((line[7:] for line in reversed(self.stderr) if line.startswith("error: ")), "")
-        hint = next((line[6:] for line in reversed(self.stderr) if line.startswith("hint: ")), "")
+        message, hint, kind = self._told("error: "), self._told("hint: "), self._told("kind: ")
         if self.interrupted:
             return ToyError("interrupted", message or f"{self.name} was interrupted", hint or "run it again")
         if self.signal:
@@ -457,6 +459,7 @@ class Result:
             )
             return ToyError("runner_failed", f"{self.name} was killed by {self.signal}", hint)
         code = EXIT_BAD_INPUT if self.returncode == EXIT_BAD_INPUT else None
+        kind = kind if kind in KINDS else "runner_failed"
         if kind == "runner_failed" and any(
             os.strerror(n) in message for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         ):

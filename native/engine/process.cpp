@@ -43,7 +43,7 @@ int runner_main(const std::function<int()> & body) {
     try {
         return body();
     } catch (const error & e) {
-        fprintf(stderr, "error: %s\nhint: %s\n", e.what(), e.hint.c_str());
+        fprintf(stderr, "error: %s\nhint: %s\nkind: %s\n", e.what(), e.hint.c_str(), e.kind.c_str());
         return e.exit_code;
     } catch (const std::exception & e) {
         fprintf(stderr, "error: %s\nhint: please report this with the names of the model and the data\n", e.what());

@@ -206,8 +206,10 @@ ggml_cgraph * session::with_squares(ggml_cgraph * old) {
     ggml_cgraph * out = ggml_new_graph_custom(ctx_graph, old->size, false);
     for (int i = 0; i < ggml_graph_n_nodes(old); i++) {
         ggml_build_forward_expand(out, ggml_graph_node(old, i));
-        for (ggml_tensor * sum : after[i]) {
-            ggml_build_forward_expand(out, sum);
+        if (const auto it = after.find(i); it != after.end()) {
+            for (ggml_tensor * sum : it->second) {
+                ggml_build_forward_expand(out, sum);
+            }
         }
     }
     for (ggml_tensor * sum : rest) {
@@ -217,15 +219,15 @@ ggml_cgraph * session::with_squares(ggml_cgraph * old) {
 }
 
 // The first round of a step sets the gradients, the others add to them; after the last they are complete.
-void session::begin_round(int round, int n_rounds) {
+void session::begin_round(bool first, bool last) {
     for (ggml_tensor * sum : squares) {
-        sum->flags = round == n_rounds - 1 ? sum->flags | GGML_TENSOR_FLAG_COMPUTE : sum->flags & ~GGML_TENSOR_FLAG_COMPUTE;
+        sum->flags = last ? sum->flags | GGML_TENSOR_FLAG_COMPUTE : sum->flags & ~GGML_TENSOR_FLAG_COMPUTE;
     }
     for (ggml_tensor * node : first_sums) {
-        node->flags = round == 0 ? node->flags | GGML_TENSOR_FLAG_SET : node->flags & ~GGML_TENSOR_FLAG_SET;
+        node->flags = first ? node->flags | GGML_TENSOR_FLAG_SET : node->flags & ~GGML_TENSOR_FLAG_SET;
     }
-    for (ggml_tensor * g : zeroed) {
-        if (round == 0) {
+    if (first) {
+        for (ggml_tensor * g : zeroed) {
             ggml_backend_tensor_memset(g, 0, 0, ggml_nbytes(g));
         }
     }
@@ -436,7 +438,7 @@ float session::loss_and_gradients() {
         if (n_rounds > 1) {
             reader->next(t.micro_batch, last_batch);
         }
-        begin_round(i, n_rounds);
+        begin_round(i == 0, i == n_rounds - 1);
         sum += run(graph, last_batch, loss_scale, 1.0f);
         if (!std::isfinite(sum)) {
             break;   // last_batch stays the one that did it
@@ -501,7 +503,7 @@ std::string session::find_bad_tensor() {
             return "weight " + p.name;
         }
     }
-    begin_round(0, 2);   // without the sums behind it
+    begin_round(true, false);
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);
         if (node->op == GGML_OP_NONE || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {

@@ -112,7 +112,7 @@ struct session {
     ggml_tensor * token_loss(const net & n);
     void          find_first_sums();
     ggml_cgraph * with_squares(ggml_cgraph * graph);
-    void          begin_round(int round, int n_rounds);
+    void          begin_round(bool first, bool last);
     void          set_text(const inputs_lookup & in);
     void          set_images(const inputs_lookup & in);
     // -> loss; grad: its own gradient, 1, or 0 where nobody asks for gradients

@@ -180,6 +180,7 @@ ROWS = {
     # models
     "model-missing": row("infer nowhere.gguf --prompt a", "missing_file", "nowhere.gguf"),
     "model-truncated": row("infer truncated.gguf --prompt a", "bad_file", "truncated.gguf"),
+    "model-of-fractions": row("infer fraction.gguf --prompt a", "bad_file", "feed_forward_length"),
     "model-cut-in-its-head": row("infer head.gguf --prompt a", "bad_file", "head.gguf"),
     "model-not-a-gguf": row("infer not.gguf --prompt a", "bad_file", "not.gguf"),
     "model-of-another-architecture": row("infer mamba.gguf --prompt a", "not_available", "mamba"),

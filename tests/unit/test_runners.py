@@ -110,6 +110,8 @@ def test_lines_come_whole_and_the_environment_is_built_from_nothing(
             2,
             "the corpus is odd",
         ),
+        ("echo 'error: no GGUF' >&2; echo 'kind: bad_file' >&2; exit 2", "bad_file", 2, "no GGUF"),
+        ("echo 'error: no GGUF' >&2; echo 'kind: odd' >&2; exit 1", "runner_failed", 1, "no GGUF"),
         ("exit 1", "runner_failed", 1, "fake failed with exit code 1"),
         ("kill -SEGV $$", "runner_failed", 1, "fake was killed by SIGSEGV"),
         ("exit 130", "interrupted", 130, "interrupted"),

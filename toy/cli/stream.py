@@ -16,7 +16,7 @@ import click
 from toy import config, corpora, recipes
 from toy.cli import profile
 from toy.cli.common import bytes_text, count_text, duration_text, emit, quote, say
-from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, KINDS, ToyError, one_line, shown
+from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, ToyError, one_line, shown
 from toy.runs import Claim, curve, events, history, point_latest
 
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ class Training:
                 say(f"warning: no loss.svg: {one_line(problem)}")
 
     def runner_error(self, result: Any) -> ToyError | None:
-        told = (self.end or {}).get("error") or {}
-        kind = told.get("kind") if told.get("kind") in KINDS else "runner_failed"
-        error: ToyError | None = result.error(kind)
+        error: ToyError | None = result.error()
         if error is None:
             return None
         if error.kind == "interrupted":
@@ -142,7 +140,7 @@ class Training:
             checkpoint = self.checkpoint()
             where = f"; checkpoint: {shown(checkpoint)}" if checkpoint else "; no checkpoint was saved"
             return ToyError("interrupted", at + where, self.resume_hint())
-        if not told and (tail := result.tail()):
+        if not (self.end or {}).get("error") and (tail := result.tail()):
             for line in tail:
                 say(f"  {line}")
         return error

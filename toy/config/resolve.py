@@ -59,7 +59,8 @@ def micro_batch(config: Config) -> int:
     if config.run.device != "cpu":
         return batch
     sizes = [n for n in range(1, batch + 1) if batch % n == 0]
-    within = [n for n in sizes if n * context * activation_bytes(config) <= MOST_ACTIVATIONS]
+    most = MOST_ACTIVATIONS // (context * activation_bytes(config))
+    within = [n for n in sizes if n <= most]
     fast = [n for n in sizes if n * context >= FULL_SPEED]
     return max(within[-1] if within else 1, fast[0] if fast else batch)
 
