@@ -14,7 +14,7 @@ bool stop_requested();   // SIGINT or SIGTERM came
 
 void say(const std::string & line);   // on stdout, flushed; throws toy::error when nobody reads it
 
-// A runner's main: handles signals, runs `body`, and turns what it throws into an `error:` and a `hint:` line on stderr.
+// A runner's main: handles signals, runs `body`, and turns what it throws into lines `error:`, `hint:` and `kind:` on stderr.
 // Returns the exit code.
 int runner_main(const std::function<int()> & body);
 
