@@ -170,6 +170,23 @@ static void test_steps() {
                 2, "two rows" + at);
         }
     }
+    // one value for each row, of which there are as many as columns
+    for (int64_t n : { 2, 33, 150 }) {
+        const std::string at = " " + std::to_string(n);
+        check_calls(allocated().run("a column" + at,
+                                    [&](ggml_context * ctx, ggml_context * in) -> std::vector<tensor> {
+                                        return { ggml_add(ctx, ggml_mul_mat(ctx, matrix(in, 40, n), matrix(in, 40, n)), new_f32(in, { 1, n })) };
+                                    }),
+                    2, "a column" + at);
+    }
+    // a weight in a layout that only the owner of its buffer can read
+    check_calls(allocated().run("a layout of its own",
+                                [&](ggml_context * ctx, ggml_context * in) -> std::vector<tensor> {
+                                    tensor w = matrix(in, 40, 50);
+                                    w->extra = w;
+                                    return { ggml_add(ctx, ggml_mul_mat(ctx, w, matrix(in, 40, 30)), new_f32(in, { 50 })) };
+                                }),
+                2, "a layout of its own");
     // several matrices of a product
     check_calls(allocated().run("matrices",
                                 [&](ggml_context * ctx, ggml_context * in) -> std::vector<tensor> {
@@ -228,9 +245,39 @@ static void test_linear_gradients() {
     }
 }
 
+// REPEAT_BACK to the shape of a parameter, its addition in place, and the product of the same gradient
+static void test_sums_of_gradients() {
+    const int64_t n = 70, k = 40;
+    for (const char * kind : { "rows", "columns", "a layout of its own" }) {
+        context           ctx;
+        const bool        row  = std::string(kind) != "columns";
+        const std::string name = std::string("sums of gradients: ") + kind;
+        tensor grad = matrix(ctx, n, n), x = matrix(ctx, k, n), acc = new_f32(ctx, row ? std::vector<int64_t>{ n } : std::vector<int64_t>{ 1, n });
+        const auto start = values_of(acc);
+        if (std::string(kind) == "a layout of its own") {
+            x->extra = x;
+        }
+        tensor        sum   = ggml_add_inplace(ctx, acc, ggml_repeat_back(ctx, grad, acc));
+        tensor        dw    = ggml_out_prod(ctx, x, grad);
+        ggml_cgraph * graph = graph_of(ctx, sum);
+        ggml_build_forward_expand(graph, dw);
+        std::vector<float> want;
+        for (bool fused : { false, true }) {
+            memcpy(acc->data, start.data(), ggml_nbytes(acc));
+            compute_with(graph, 3, fused);
+            if (fused) {
+                check(values_of(acc) == want, name);
+                check_calls(n_called(graph), std::string(kind) == "rows" ? 1 : 3, name);
+            }
+            want = values_of(acc);
+        }
+    }
+}
+
 int main() {
     ggml_cpu_init();
     test_steps();
     test_linear_gradients();
+    test_sums_of_gradients();
     return summary("test-fusion");
 }
