@@ -187,6 +187,12 @@ static void test_steps() {
                                     return { ggml_add(ctx, ggml_mul_mat(ctx, w, matrix(in, 40, 30)), new_f32(in, { 50 })) };
                                 }),
                 2, "a layout of its own");
+    // a sum without terms, and what follows it
+    check_calls(allocated().run("no terms",
+                                [&](ggml_context * ctx, ggml_context * in) -> std::vector<tensor> {
+                                    return { ggml_add(ctx, ggml_out_prod(ctx, matrix(in, 50, 0), matrix(in, 30, 0)), new_f32(in, { 50 })) };
+                                }),
+                1, "no terms");
     // several matrices of a product
     check_calls(allocated().run("matrices",
                                 [&](ggml_context * ctx, ggml_context * in) -> std::vector<tensor> {

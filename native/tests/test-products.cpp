@@ -544,11 +544,40 @@ static void test_accumulators() {
     }
 }
 
+// --- sums without terms ---------------------------------------------------------------------------------------------
+
+// as the gradient of a weight that met no tokens: what they sum up to is 0, not what was there
+static void test_no_terms() {
+    for (const auto & s : std::vector<std::vector<int64_t>>{ { 1, 40 }, { 9, 1 }, { 50, 70 }, { 3, 400 }, { 600, 5 } }) {
+        for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_Q8_0 }) {
+            for (ggml_prec prec : { GGML_PREC_F32, GGML_PREC_BF16 }) {
+                const int64_t            m = s[0], n = type == GGML_TYPE_F32 ? s[1] : GGML_PAD(s[1], 32);
+                const std::string        name = " of no terms, m=" + std::to_string(m) + " n=" + std::to_string(n) + " " + ggml_type_name(type);
+                context                  ctx;
+                ggml_tensor *            a   = ggml_new_tensor_2d(ctx, type, n, 0);
+                ggml_tensor *            b   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, m, 0);
+                ggml_tensor *            acc = new_f32(ctx, { n, m });
+                const std::vector<float> was = values_of(acc);
+                ggml_tensor *            y   = ggml_out_prod(ctx, a, b);
+                ggml_tensor *            sum = ggml_out_prod_acc(ctx, acc, a, b);
+                ggml_mul_mat_set_prec(y, prec);
+                ggml_mul_mat_set_prec(sum, prec);
+                compare(run(ctx, y, "out_prod" + name), std::vector<double>(n * m, 0.0), 0.0, "out_prod" + name);
+                compute(graph_of(ctx, sum), 2);
+                check(values_of(acc) == was, "out_prod_acc" + name);
+                sum->flags |= GGML_TENSOR_FLAG_SET;
+                compare(run(ctx, sum, "out_prod_acc" + name), std::vector<double>(n * m, 0.0), 0.0, "out_prod_acc, set" + name);
+            }
+        }
+    }
+}
+
 int main() {
     ggml_cpu_init();
     test_mul_mat();
     test_types();
     test_bf16();
+    test_no_terms();
     test_blocks_of_32();
     test_attention();
     test_accumulators();
