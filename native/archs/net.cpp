@@ -64,8 +64,22 @@ void kv_cache::move_graph(int T) {
     }
 }
 
+// Of operations that every device has: [T, T] scores of each head exist.
+tensor net::plain_attention(tensor q, tensor k, tensor v, bool causal) const {
+    const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3];
+    q        = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                                                              // [D, T, H, B]
+    k        = ggml_cont(ctx, ggml_permute(ctx, k, 0, 2, 1, 3));                                                              // [D, T, K, B]
+    v        = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));                                                              // [T, D, K, B]
+    tensor p = ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), causal ? mask : nullptr, 1.0f / std::sqrt((float) D), 0.0f);   // [T, T, H, B]
+    p        = ggml_permute(ctx, ggml_mul_mat(ctx, v, p), 0, 2, 1, 3);                                                        // [D, H, T, B]
+    return ggml_reshape_2d(ctx, ggml_cont(ctx, p), D * H, T * B);
+}
+
 tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3], K = k->ne[1];
+    if (!fused) {
+        return plain_attention(q, k, v, causal);
+    }
     if (cache) {
         // append to the cache, then attend over all of it
         const int64_t past = cache->n_past, S = past + T;
@@ -89,7 +103,7 @@ tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
 tensor net::attention_qkv(int il, tensor qkv, int64_t T, bool causal) const {
     const int64_t D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv, B = qkv->ne[1] / T;
     qkv = ggml_reshape_4d(ctx, qkv, D, H + 2 * K, T, B);
-    if (cache) {
+    if (cache || !fused) {
         const auto heads = [&](int64_t first, int64_t n) {
             return ggml_view_4d(ctx, qkv, D, n, T, B, qkv->nb[1], qkv->nb[2], qkv->nb[3], first * qkv->nb[1]);
         };

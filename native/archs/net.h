@@ -47,7 +47,9 @@ struct net {
     bool                 f32   = true;      // weights of other types: dequantised into f32 products (training), or as ggml decodes with them
     kv_cache *           cache = nullptr;   // decoding: new keys and values are written into it, as part of gf
     ggml_cgraph *        gf    = nullptr;
-    bool                 bf16  = false;   // products of weights and of attention: both sides rounded to bf16, gradients too, sums in f32
+    bool                 fused = true;      // with operations that only the cpu has: several in one pass
+    ggml_tensor *        mask  = nullptr;   // not fused: [T, T], 0 and above the diagonal -INFINITY
+    bool                 bf16  = false;     // products of weights and of attention: both sides rounded to bf16, gradients too, sums in f32
 
     // x [in, N] -> [out, N]: `name`.weight, with `name`.bias and an adapter where they exist
     ggml_tensor * linear(const std::string & name, ggml_tensor * x) const;
@@ -60,6 +62,7 @@ struct net {
     ggml_tensor * attention_qkv(int il, ggml_tensor * qkv, int64_t T, bool causal) const;
 
   private:
+    ggml_tensor * plain_attention(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, bool causal) const;
     ggml_tensor * product(ggml_tensor * w, ggml_tensor * x) const;
 };
 

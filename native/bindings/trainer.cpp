@@ -23,7 +23,7 @@ static toy::inputs_lookup lookup(const paths & env) {
 }
 
 static py::dict plan(const std::string & config_kv, size_t corpus_tokens, const std::string & base) {
-    const toy::session     s(toy::config::parse(config_kv), lookup({ { "GGUF", base } }));
+    const toy::session     s(toy::config::parse(config_kv), lookup({ { "GGUF", base } }), /*device =*/"cpu");
     const toy::memory_plan m = s.memory(corpus_tokens * sizeof(int32_t));
     py::list               tensors;
     for (const toy::param & p : s.w.params) {
@@ -78,14 +78,15 @@ void bind_trainer(py::module_ & m) {
     m.def("ggml_version", []() { return TOY_GGML_VERSION; }, "The ggml release under the patches.");
 
     py::class_<toy::session>(m, "Trainer", "A training session in this process, one step at a time: what a runner's loop drives.")
-        .def(py::init([](const std::string & kv, const paths & env) {
-                 auto s = std::make_unique<toy::session>(toy::config::parse(kv), lookup(env));
-                 s->set_data(lookup(env));
-                 s->start_weights(lookup(env));
-                 return s;
-             }),
-             py::arg("config_kv"), py::arg("env"),
-             "env: what a runner finds in its environment (CORPUS, VAL_CORPUS, OFFSETS, MASK, IMG_DIR, GGUF, …).")
+        .def(
+            py::init([](const std::string & kv, const paths & env) {
+                auto s = std::make_unique<toy::session>(toy::config::parse(kv), lookup(env), /*device =*/"cpu");
+                s->set_data(lookup(env));
+                s->start_weights(lookup(env));
+                return s;
+            }),
+            py::arg("config_kv"), py::arg("env"),
+            "env: what a runner finds in its environment (CORPUS, VAL_CORPUS, OFFSETS, MASK, IMG_DIR, GGUF, …). The graph of run.device, on the cpu.")
         .def(
             "step",
             [](toy::session & s) {

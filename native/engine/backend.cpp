@@ -1,5 +1,6 @@
 #include "backend.h"
 
+#include "device.h"
 #include "error.h"
 #include "ggml-cpu.h"
 
@@ -16,29 +17,34 @@
 namespace toy {
 
 backend::backend(const std::string & device, int n_threads) : n_threads(n_threads) {
-    if (device != "cpu") {
-        throw error("not_available", EXIT_BAD_INPUT, format("this runner computes on the cpu, not on %s", device.c_str()), "use --device cpu");
+    if (device != DEVICE) {
+        throw error("not_available", EXIT_BAD_INPUT, format("this runner computes on the %s, not on %s", DEVICE, device.c_str()),
+                    format("use --device %s", DEVICE));
     }
     if (n_threads > GGML_MAX_N_THREADS) {
         throw error("bad_flag", EXIT_BAD_INPUT, format("%d threads are more than ggml's %d", n_threads, GGML_MAX_N_THREADS),
                     "use --threads 0: all usable cores");
     }
-    handle                        = ggml_backend_cpu_init();
+    handle                        = open_device();
+    cpu                           = ggml_backend_cpu_init();
+    handle                        = handle ? handle : cpu;
     // one pool for the whole run; more threads than cores must not spin, or the one that is needed cannot run
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
     params.poll                   = n_threads > usable_cores() ? 0 : 50;
     pool                          = ggml_threadpool_new(&params);
-    ggml_backend_cpu_set_n_threads(handle, n_threads);
-    ggml_backend_cpu_set_threadpool(handle, pool);
+    ggml_backend_cpu_set_n_threads(cpu, n_threads);
+    ggml_backend_cpu_set_threadpool(cpu, pool);
 }
 
 backend::~backend() {
-    ggml_backend_free(handle);
+    if (!is_cpu()) {
+        ggml_backend_free(handle);
+    }
+    ggml_backend_free(cpu);
     ggml_threadpool_free(pool);
 }
 
-void backend::compute(ggml_cgraph * graph) {
-    const ggml_status status = ggml_backend_graph_compute(handle, graph);
+void check_status(ggml_status status) {
     if (status == GGML_STATUS_ALLOC_FAILED) {
         throw error("oom", EXIT_FAILED, "out of memory while computing", "lower train.micro_batch, model.context or model.n_embd");
     }
@@ -48,7 +54,14 @@ void backend::compute(ggml_cgraph * graph) {
     }
 }
 
+void backend::compute(ggml_cgraph * graph) {
+    check_status(ggml_backend_graph_compute(handle, graph));
+}
+
 size_t backend::work_bytes(ggml_cgraph * graph) const {
+    if (!is_cpu()) {
+        return 0;   // the driver's own
+    }
     return ggml_graph_plan(graph, n_threads, pool).work_size;
 }
 

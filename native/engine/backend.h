@@ -1,4 +1,4 @@
-// defines: toy::backend — the device that computes, with its threads
+// defines: toy::backend — the device that computes, and the cpu with its threads
 #pragma once
 
 #include "ggml-backend.h"
@@ -11,7 +11,8 @@ struct ggml_threadpool;
 namespace toy {
 
 struct backend {
-    ggml_backend_t handle = nullptr;
+    ggml_backend_t handle = nullptr;   // of the device
+    ggml_backend_t cpu    = nullptr;   // the same, where the device is the cpu
     int            n_threads;
 
     backend(const std::string & device, int n_threads);   // throws toy::error (not_available)
@@ -19,12 +20,16 @@ struct backend {
     backend(const backend &)             = delete;
     backend & operator=(const backend &) = delete;
 
-    void   compute(ggml_cgraph * graph);            // throws toy::error (runner_failed)
+    bool   is_cpu() const { return handle == cpu; }
+    // A graph that the device computes whole. Throws toy::error (runner_failed, oom).
+    void   compute(ggml_cgraph * graph);
     size_t work_bytes(ggml_cgraph * graph) const;   // scratch that compute() needs besides the graph's own buffer
 
   private:
     ggml_threadpool * pool = nullptr;
 };
+
+void check_status(ggml_status status);   // of a computation. Throws toy::error (runner_failed, oom)
 
 // Advice that a large buffer lie in large pages, before it is touched: passes over all weights miss the processor's table of pages less often.
 void use_huge_pages(ggml_backend_buffer_t buffer);

@@ -106,14 +106,17 @@ void weights::alloc(ggml_backend_t backend) {
         buf[i] = ggml_backend_alloc_ctx_tensors(ctx[i], backend);
         if (!buf[i]) {
             throw error("oom", EXIT_FAILED,
-                        format("cannot allocate %s for %lld parameters",
+                        format("cannot allocate %s for %lld parameters: %.2f GiB",
                                i == 0   ? "weights"
                                : i == 1 ? "gradients"
                                         : "moments",
-                               (long long) n_params(i == 0)),
+                               (long long) n_params(i == 0), (double) n_params(i == 0) * sizeof(float) * (i == 2 ? 2 : 1) / (1 << 30)),
                         "lower model.n_layer, model.n_embd or model.vocab_size; `--dry-run` says what is needed");
         }
         use_huge_pages(buf[i]);
+    }
+    if (!ggml_backend_buffer_is_host(buf[0])) {
+        ggml_backend_buffer_set_usage(buf[0], GGML_BACKEND_BUFFER_USAGE_WEIGHTS);   // the scheduler computes where they are
     }
     join_gradients();
 }
@@ -125,7 +128,11 @@ void weights::join_gradients() {
     size_t                                 end = 0;
     for (ggml_tensor * g = first; g; g = ggml_get_next_tensor(ctx[1], g)) {
         const size_t at = (size_t) ((char *) g->data - (char *) first->data);
-        GGML_ASSERT(g->buffer == first->buffer && at >= end);
+        if (g->buffer != first->buffer) {
+            throw error("oom", EXIT_FAILED, format("the device has no buffer for gradients of %lld parameters", (long long) n_params(false)),
+                        "lower model.n_layer, model.n_embd or model.vocab_size");
+        }
+        GGML_ASSERT(at >= end);
         gaps.emplace_back(end, at);
         end = at + ggml_nbytes(g);
     }

@@ -2,6 +2,7 @@
 #include "loop.h"
 
 #include "engine/checkpoint.h"
+#include "engine/device.h"
 #include "engine/error.h"
 #include "engine/events.h"
 #include "engine/files.h"
@@ -274,6 +275,9 @@ static int run(const run_env & env) {
         const inputs_lookup inputs = [](const char * key) { return toy::env(key); };
         session             s(env.cfg, inputs);
         s.set_data(inputs);
+        if (const std::string left = s.left_to_cpu(); !left.empty()) {
+            fprintf(stderr, "note: %s lacks operations of this step, which the cpu computes: %s\n", DEVICE, left.c_str());
+        }
         if (env.cfg.checkpoint.resume.empty()) {
             s.start_weights(inputs);
         } else {
@@ -288,6 +292,12 @@ static int run(const run_env & env) {
         throw;
     } catch (const std::bad_alloc &) {
         const error e("oom", EXIT_FAILED, "out of memory", "lower train.micro_batch, model.context or model.n_embd; `--dry-run` says what is needed");
+        write_run_end(events, sum, &e);
+        throw e;
+    } catch (const std::exception & lost) {
+        // a driver: a GPU that was reset, or taken away
+        const error e("runner_failed", EXIT_FAILED, format("the %s device failed: %s", DEVICE, lost.what()),
+                      "checkpoints are kept: `toy train --resume` goes on from the last one");
         write_run_end(events, sum, &e);
         throw e;
     }

@@ -23,12 +23,12 @@ static hparams shape_of(const config & cfg, const model_file * base) {
     return hp;
 }
 
-session::session(const config & cfg_in, const inputs_lookup & paths)
+session::session(const config & cfg_in, const inputs_lookup & paths, const std::string & device)
     : cfg(cfg_in),
-      base(cfg.run.recipe == "lora" ? std::make_unique<model_file>(paths("GGUF")) : nullptr),
+      be(device.empty() ? cfg.run.device : device, cfg.run.threads),
+      base(cfg.run.recipe == "lora" ? std::make_unique<model_file>(paths("GGUF"), be.handle) : nullptr),
       hp(shape_of(cfg, base.get())),
-      model(arch_of(hp.arch)),
-      be(cfg.run.device, cfg.run.threads) {
+      model(arch_of(hp.arch)) {
     declare();
     w.alloc(be.handle);
     build_inputs();
@@ -37,7 +37,7 @@ session::session(const config & cfg_in, const inputs_lookup & paths)
 }
 
 session::~session() {
-    ggml_gallocr_free(galloc);
+    place.reset();
     ggml_free(ctx_graph);
     ggml_backend_buffer_free(buf_inputs);
     ggml_free(ctx_inputs);
@@ -61,6 +61,7 @@ void session::build_inputs() {
     } else {
         in.tokens    = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T * B);
         in.positions = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T);
+        mask         = fused() ? nullptr : ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_F32, T, T);
     }
     labels     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, is_vision() ? B : T * B);
     seeds      = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_I32, 2, B);
@@ -75,9 +76,16 @@ void session::build_inputs() {
         std::iota(pos.begin(), pos.end(), 0);
         ggml_backend_tensor_set(in.positions, pos.data(), 0, ggml_nbytes(in.positions));
     }
+    if (mask) {
+        std::vector<float> above(T * T);
+        for (int64_t i = 0; i < T * T; i++) {
+            above[i] = i % T > i / T ? -INFINITY : 0.0f;
+        }
+        ggml_backend_tensor_set(mask, above.data(), 0, ggml_nbytes(mask));
+    }
 }
 
-// Few classes: their logits are kept, because accuracy reads them.
+// Logits kept whole: few classes, because accuracy reads them, and devices, which have no other loss.
 ggml_tensor * session::class_loss(const net & n) {
     logits = model.forward(n, in);
     ggml_set_name(logits, "logits");
@@ -85,7 +93,7 @@ ggml_tensor * session::class_loss(const net & n) {
     return ggml_cross_entropy_sparse(n.ctx, logits, labels, scale);
 }
 
-// A vocabulary: its logits would be the largest tensor of all, so that the loss, the gradient of what the head reads and that of the head
+// A vocabulary on the cpu: its logits would be the largest tensor of all, so that the loss, the gradient of what the head reads and that of the head
 // itself (if it is trained, straight into its buffer) come from one operation that makes a few rows of them at a time.
 ggml_tensor * session::token_loss(const net & n) {
     ggml_tensor * x    = model.hidden(n, in);   // [C, T*B]
@@ -108,11 +116,13 @@ void session::build_step() {
     graph                   = ggml_new_graph_custom(ctx_graph, graph_size, true);
     net n                   = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
     n.bf16                  = cfg.train.dtype == "bf16";
+    n.fused                 = fused();
+    n.mask                  = mask;
     if (base) {
         lora   = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), cfg.lora.alpha, (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();
     }
-    const bool whole = is_vision() || n.get(model.head(hp) + std::string(".bias"));
+    const bool whole = is_vision() || !n.fused || n.get(model.head(hp) + std::string(".bias"));
     loss             = whole ? class_loss(n) : token_loss(n);
     ggml_set_name(loss, "loss");
     ggml_set_loss(loss);
@@ -138,9 +148,9 @@ void session::build_step() {
     find_first_sums();
     graph = with_squares(graph);
 
-    galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
-    if (!ggml_gallocr_alloc_graph(galloc, graph)) {
-        throw error("oom", EXIT_FAILED, "cannot allocate the compute buffer of the step",
+    place = std::make_unique<placement>(be, ctx_graph);
+    if (!place->alloc(graph)) {
+        throw error("oom", EXIT_FAILED, format("cannot allocate the compute buffer of the step: %.2f GiB", (double) place->needed() / (1 << 30)),
                     "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd; `--dry-run` says what is needed");
     }
     use_huge_pages(loss->buffer);
@@ -366,7 +376,7 @@ static void require_same(const gguf_file & donor, const char * what, double thei
 
 void session::start_weights(const inputs_lookup & paths) {
     const bool warm = cfg.run.recipe == "warm-start" && cfg.model.init != "scratch", whole = warm && cfg.model.init != "embeddings";
-    w.start(cfg.run.seed, be.n_threads, [whole](const std::string &) { return !whole; });
+    w.start(cfg.run.seed, be.is_cpu() ? be.n_threads : 1, [whole](const std::string &) { return !whole; });
     if (!warm) {
         return;
     }
@@ -409,7 +419,7 @@ float session::run(ggml_cgraph * g, const batch & b, float loss_scale, float gra
     ggml_backend_tensor_set(seeds, b.seeds.data(), 0, ggml_nbytes(seeds));
     ggml_backend_tensor_set(scale, &loss_scale, 0, sizeof(loss_scale));
     ggml_backend_tensor_set(loss_grad, &grad, 0, sizeof(grad));
-    be.compute(g);
+    place->compute(g);
     float value;
     ggml_backend_tensor_get(loss, &value, 0, sizeof(value));
     return value;
@@ -504,18 +514,15 @@ std::string session::find_bad_tensor() {
         }
     }
     begin_round(true, false);
-    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
-        ggml_tensor * node = ggml_graph_node(graph, i);
-        if (node->op == GGML_OP_NONE || !(node->flags & GGML_TENSOR_FLAG_COMPUTE)) {
-            continue;
+    std::string bad;
+    place->walk([&](const ggml_tensor * node) {
+        const bool there = node->op != GGML_OP_NONE && (node->flags & GGML_TENSOR_FLAG_COMPUTE);
+        if (there && node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) && !is_finite(node)) {
+            bad = format("%s at %s", ggml_op_desc(node), nearest_name(node).c_str());
         }
-        ggml_cgraph one = ggml_graph_view(graph, i, i + 1);
-        be.compute(&one);
-        if (node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) && !is_finite(node)) {
-            return format("%s at %s", ggml_op_desc(node), nearest_name(node).c_str());
-        }
-    }
-    return "";
+        return bad.empty();
+    });
+    return bad;
 }
 
 // Labels that are the likeliest class; of equals the first.
@@ -561,7 +568,7 @@ memory_plan session::memory(size_t corpus_bytes) const {
     m.weights   = w.bytes_weights();
     m.gradients = w.bytes_gradients();
     m.moments   = w.bytes_moments();
-    m.compute   = ggml_gallocr_get_buffer_size(galloc, 0);
+    m.compute   = place->bytes();
     m.inputs    = ggml_backend_buffer_get_size(buf_inputs) + opt->bytes();
     m.work      = be.work_bytes(graph);
     m.base      = base ? base->file.file_size : 0;

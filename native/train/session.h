@@ -8,8 +8,8 @@
 #include "engine/corpus.h"
 #include "engine/images.h"
 #include "engine/optimizer.h"
+#include "engine/placement.h"
 #include "engine/weights.h"
-#include "ggml-alloc.h"
 
 #include <functional>
 #include <memory>
@@ -47,17 +47,18 @@ struct eval_result {
 
 struct session {
     config                        cfg;
+    backend                       be;
     std::unique_ptr<model_file>   base;   // lora: the frozen model
     std::unique_ptr<lora_adapter> lora;
     hparams                       hp;
     const arch &                  model;
-    backend                       be;
     weights                       w;
     std::unique_ptr<adamw>        opt;
     int64_t                       steps_done = 0;
 
     // Compiles the step and allocates it; reads GGUF for an adapter's base. Without set_data(): enough for a plan.
-    session(const config & cfg, const inputs_lookup & in);
+    // `device`, if given, holds and computes it instead of run.device, whose graph it stays.
+    session(const config & cfg, const inputs_lookup & in, const std::string & device = "");
     ~session();
     session(const session &)             = delete;
     session & operator=(const session &) = delete;
@@ -72,7 +73,8 @@ struct session {
     eval_result evaluate();
 
     memory_plan memory(size_t corpus_bytes) const;
-    int64_t     total_params() const;   // of the whole model, frozen ones included
+    std::string left_to_cpu() const { return place->left_to_cpu(); }   // operations of a step that the device lacks
+    int64_t     total_params() const;                                  // of the whole model, frozen ones included
     bool        is_vision() const { return hp.arch == "vit"; }
     int64_t     tokens_per_step() const { return (int64_t) cfg.train.batch * (is_vision() ? hp.n_patches() : cfg.model.context); }
     size_t      corpus_bytes() const;
@@ -92,19 +94,20 @@ struct session {
     ggml_context *        ctx_inputs;
     ggml_backend_buffer_t buf_inputs = nullptr;
     inputs                in;
-    ggml_tensor *         labels, *seeds, *scale, *loss_grad;
+    ggml_tensor *         labels, *seeds, *scale, *loss_grad, *mask = nullptr;
 
-    ggml_context * ctx_graph;
-    ggml_gallocr_t galloc;
-    ggml_tensor *  logits = nullptr;   // images only
-    ggml_tensor *  loss;
-    ggml_cgraph *  graph;       // forward, loss and backward
-    int            n_forward;   // its first nodes: what an evaluation computes, in the same buffer
+    ggml_context *             ctx_graph;
+    std::unique_ptr<placement> place;
+    ggml_tensor *              logits = nullptr;   // where they are kept whole
+    ggml_tensor *              loss;
+    ggml_cgraph *              graph;       // forward, loss and backward
+    int                        n_forward;   // its first nodes: what an evaluation computes, in the same buffer
 
     // gradients begin with an operation that can set them instead of adding to them, or with zeros
     std::vector<ggml_tensor *> first_sums, zeroed;
     std::vector<ggml_tensor *> squares;   // [1] each: of the gradients, one stretch after the other
 
+    bool          fused() const { return cfg.run.device == "cpu"; }   // with operations that other devices lack
     void          declare();
     void          build_inputs();
     void          build_step();

@@ -136,3 +136,23 @@ def test_frozen_tensors_keep_their_hash_and_trained_ones_change(case: Case, tmp_
     assert {name for name in before if before[name] == after[name]} == {name for name in before if case.is_frozen(name)}
     if base:
         assert Path(env["GGUF"]).read_bytes() == base
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_graph_of_other_devices_is_the_same_step(case: Case, tmp_path: Path) -> None:
+    """Without what only the cpu has: attention in tiles, the head with its loss. Computed on the cpu."""
+    from toy import _native
+
+    plain_kv = cut(case, 4).kv.replace("run.device=cpu\n", "run.device=vulkan\n")
+    fused, plain = parity.trainer(cut(case, 4), tmp_path), _native.Trainer(plain_kv, case.env(tmp_path))
+    for name, value in fused.weights().items():
+        plain.set_weight(name, value)
+    one, other = fused.step(), plain.step()
+    np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-6)
+    np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-5)
+    gradients = plain.gradients()
+    for name, gradient in fused.gradients().items():
+        assert np.abs(gradients[name] - gradient).max() <= 1e-5 * np.abs(gradient).max(), name
+    # an evaluation computes the first part of the graph, a step after it the whole again
+    np.testing.assert_allclose(plain.evaluate(), fused.evaluate(), rtol=1e-5)
+    np.testing.assert_allclose(plain.step()["loss"], fused.step()["loss"], rtol=1e-5)

@@ -1,0 +1,162 @@
+// Operations that toy adds to ggml or changes, on a device against the cpu: values, and the same bytes twice. With the device of use_toy_device.
+#include "../ops.h"
+#include "engine/device.h"
+#include "engine/error.h"
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+
+using tensor = ggml_tensor *;
+using toy::format;
+
+// What a case computes, of tensors without data: `build` names its sources in the order in which they are filled.
+struct op_case {
+    std::string                                                          name;
+    std::function<tensor(ggml_context *, std::vector<tensor> & sources)> build;
+    double                                                               limit = 2e-6;   // of the largest value
+    std::vector<int32_t>                                                 ids   = {};     // what an I32 source is filled with
+};
+
+static tensor f32(ggml_context * ctx, std::vector<tensor> & sources, std::vector<int64_t> ne) {
+    sources.push_back(ggml_new_tensor(ctx, GGML_TYPE_F32, (int) ne.size(), ne.data()));
+    return sources.back();
+}
+
+static tensor i32(ggml_context * ctx, std::vector<tensor> & sources, int64_t n) {
+    sources.push_back(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n));
+    return sources.back();
+}
+
+// The result and, where the operation works in place, all its sources: {} where the device does not compute it.
+static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
+    ggml_context *      ctx = ggml_init({ /*mem_size =*/64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*no_alloc =*/true });
+    std::vector<tensor> sources;
+    tensor              out    = c.build(ctx, sources);
+    const bool          usable = ggml_backend_supports_op(backend, out);
+    std::vector<float>  values;
+    if (usable) {
+        ggml_cgraph * graph = ggml_new_graph(ctx);
+        ggml_build_forward_expand(graph, out);
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors(ctx, backend);
+        rng_state                 = 1;
+        for (tensor t : sources) {
+            std::vector<float> x(ggml_nelements(t));
+            for (float & v : x) {
+                v = rng_uniform();
+            }
+            ggml_backend_tensor_set(t, t->type == GGML_TYPE_I32 ? (const void *) c.ids.data() : x.data(), 0, ggml_nbytes(t));
+        }
+        if (c.name.rfind("adamw", 0) == 0) {   // moments of squares are none below zero
+            const std::vector<float> v(ggml_nelements(sources[3]), 0.25f), h = { 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, 1.5f, 2.5f, 0.5f };
+            ggml_backend_tensor_set(sources[3], v.data(), 0, ggml_nbytes(sources[3]));
+            ggml_backend_tensor_set(sources[4], h.data(), 0, ggml_nbytes(sources[4]));
+        }
+        check(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS, c.name + ": computed");
+        sources.push_back(out);
+        for (tensor t : sources) {
+            if (t->type == GGML_TYPE_F32) {
+                const size_t at = values.size();
+                values.resize(at + ggml_nelements(t));
+                ggml_backend_tensor_get(t, values.data() + at, 0, ggml_nbytes(t));
+            }
+        }
+        ggml_backend_buffer_free(buf);
+    }
+    ggml_free(ctx);
+    return values;
+}
+
+static std::vector<op_case> cases() {
+    std::vector<op_case> all;
+    const auto           set = [](tensor t, bool on) {
+        t->flags |= on ? GGML_TENSOR_FLAG_SET : 0;
+        return t;
+    };
+    for (const int64_t n : { 1, 33, 600, 70000 }) {
+        const std::string size = " of " + std::to_string(n);
+        for (const int64_t n_params : { 7, 8 }) {
+            all.push_back({ "adamw with " + std::to_string(n_params) + size, [=](ggml_context * ctx, std::vector<tensor> & s) {
+                               tensor w = f32(ctx, s, { n }), g = f32(ctx, s, { n }), m = f32(ctx, s, { n }), v = f32(ctx, s, { n });
+                               ggml_set_param(w);
+                               return ggml_opt_step_adamw(ctx, w, g, m, v, f32(ctx, s, { n_params }));
+                           } });
+        }
+        all.push_back({ "sum_sqr" + size, [=](ggml_context * ctx, std::vector<tensor> & s) { return ggml_sum_sqr(ctx, f32(ctx, s, { n })); } });
+        all.push_back({ "gelu_back" + size, [=](ggml_context * ctx, std::vector<tensor> & s) {
+                           return ggml_gelu_back(ctx, f32(ctx, s, { n, 3 }), f32(ctx, s, { n, 3 }));
+                       } });
+        all.push_back({ "swiglu_back" + size, [=](ggml_context * ctx, std::vector<tensor> & s) {
+                           return ggml_swiglu_back(ctx, f32(ctx, s, { n, 2 }), f32(ctx, s, { n, 2 }), f32(ctx, s, { n, 2 }));
+                       } });
+    }
+    for (const int64_t n : { 5, 96, 577 }) {
+        for (const int64_t rows : { 1, 7, 600 }) {
+            const std::string shape = format(" of %lld x %lld", (long long) n, (long long) rows);
+            for (const bool more : { false, true }) {
+                const auto norm = [=](bool rms) {
+                    return [=](ggml_context * ctx, std::vector<tensor> & s) {
+                        tensor dy = f32(ctx, s, { n, rows }), x = f32(ctx, s, { n, rows }), w = f32(ctx, s, { n });
+                        tensor add = more ? f32(ctx, s, { n, rows }) : nullptr;
+                        return rms ? ggml_rms_norm_mul_back(ctx, dy, x, w, add, 1e-5f) : ggml_norm_mul_back(ctx, dy, x, w, add, 1e-5f);
+                    };
+                };
+                all.push_back({ "norm_mul_back" + shape, norm(false), 1e-5 });
+                all.push_back({ "rms_norm_mul_back" + shape, norm(true), 1e-5 });
+                all.push_back({ "out_prod_acc" + shape,
+                                [=](ggml_context * ctx, std::vector<tensor> & s) {
+                                    tensor acc = f32(ctx, s, { n, 13 }), a = f32(ctx, s, { n, rows }), b = f32(ctx, s, { 13, rows });
+                                    return set(ggml_out_prod_acc(ctx, acc, a, b), more);
+                                },
+                                1e-5 });
+            }
+        }
+    }
+    std::vector<int32_t> ids(37);
+    for (size_t i = 0; i < ids.size(); i++) {
+        ids[i] = (int32_t) (i * 7 % 11);
+    }
+    for (const bool first : { false, true }) {
+        all.push_back({ "get_rows_back_acc",
+                        [=](ggml_context * ctx, std::vector<tensor> & s) {
+                            tensor acc = f32(ctx, s, { 45, 11 }), dy = f32(ctx, s, { 45, 37 });
+                            return set(ggml_get_rows_back_acc(ctx, acc, dy, i32(ctx, s, 37)), first);
+                        },
+                        2e-6, ids });
+    }
+    ids[3] = ids[36] = -1;   // masked
+    for (const int64_t n_vocab : { 11, 300, 5001 }) {
+        const std::string size = format(" of %lld", (long long) n_vocab);
+        all.push_back({ "cross_entropy_sparse" + size,
+                        [=](ggml_context * ctx, std::vector<tensor> & s) {
+                            tensor logits = f32(ctx, s, { n_vocab, 37 }), labels = i32(ctx, s, 37);
+                            return ggml_cross_entropy_sparse(ctx, logits, labels, f32(ctx, s, { 1 }));
+                        },
+                        1e-5, ids });
+        all.push_back({ "cross_entropy_sparse_back" + size,
+                        [=](ggml_context * ctx, std::vector<tensor> & s) {
+                            tensor grad = f32(ctx, s, { 1 }), logits = f32(ctx, s, { n_vocab, 37 }), labels = i32(ctx, s, 37);
+                            return ggml_cross_entropy_sparse_back(ctx, grad, logits, labels, f32(ctx, s, { 1 }));
+                        },
+                        1e-5, ids });
+    }
+    return all;
+}
+
+int main() {
+    ggml_backend_t cpu = ggml_backend_cpu_init();
+    ggml_backend_t device;
+    try {
+        device = toy::open_device();
+    } catch (const toy::error & e) {
+        fprintf(stderr, "%s\n%s\n", e.what(), e.hint.c_str());
+        return 77;   // ctest: skipped
+    }
+    for (const op_case & c : cases()) {
+        const std::vector<float> want = run_on(cpu, c), got = run_on(device, c), again = run_on(device, c);
+        check(!got.empty(), c.name + ": the device has it");
+        compare(got, std::vector<double>(want.begin(), want.end()), c.limit, c.name);
+        check(got.size() == again.size() && memcmp(got.data(), again.data(), got.size() * sizeof(float)) == 0, c.name + ": the same bytes twice");
+    }
+    ggml_backend_free(device);
+    ggml_backend_free(cpu);
+    return summary("test-device");
+}
