@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ ARCHS = {
     "gpt2": "LayerNorm, learned positions, GELU.",
     "vit": "Image patches, LayerNorm, GELU, a class head.",
 }
+#: Best first: --device auto takes the first that is here.
 DEVICES = {
-    "cpu": "This machine's processors.",
     "cuda": "NVIDIA GPUs.",
     "metal": "Apple GPUs.",
     "vulkan": "GPUs through Vulkan.",
+    "cpu": "This machine's processors.",
 }
+AUTO = "auto"
 
 #: Flags that not every recipe takes.
 RECIPE_FLAGS: dict[str, tuple[str, ...]] = {
@@ -63,8 +65,7 @@ FROZEN_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
 
-#: What can be trained now. Adding an architecture, a device or a recipe adds a row.
-MATRIX: tuple[Row, ...] = (
+_CPU: tuple[Row, ...] = (
     Row("from-scratch", "llama", "cpu", target="toy-train", env=TEXT_ENV),
     Row("from-scratch", "gpt2", "cpu", target="toy-train-gpt2", env=TEXT_ENV),
     Row("warm-start", "llama", "cpu", target="toy-train", env=DONOR_ENV, needs=("--model",), gguf_archs=("llama",)),
@@ -78,6 +79,19 @@ MATRIX: tuple[Row, ...] = (
         needs=("--images",),
     ),
 )  # fmt: skip
+
+#: Devices with a runner for each of the above, of the same sources, and what they compute in.
+_ALSO_ON = {"vulkan": ("f32",)}
+
+#: What can be trained now. Adding an architecture, a device or a recipe adds a row.
+MATRIX: tuple[Row, ...] = (
+    *_CPU,
+    *(
+        replace(row, device=device, target=f"{row.target}-{device}", dtypes=dtypes)
+        for device, dtypes in _ALSO_ON.items()
+        for row in _CPU
+    ),
+)
 
 #: Words that are known each and make no sense together: (recipe, arch) -> (why, what to do).
 NONSENSE = {
@@ -102,14 +116,7 @@ INFER = {"llama": "toy-infer", "qwen2": "toy-infer", "gpt2": "toy-infer", "vit":
 EVAL = {"llama": "toy-eval", "qwen2": "toy-eval", "gpt2": "toy-eval", "vit": "toy-eval"}
 
 #: Every runner this source tree can build, with the device it needs.
-RUNNERS = {
-    "toy-train": "cpu",
-    "toy-train-gpt2": "cpu",
-    "toy-train-lora": "cpu",
-    "toy-train-vit": "cpu",
-    "toy-infer": "cpu",
-    "toy-eval": "cpu",
-}
+RUNNERS = {row.target: row.device for row in MATRIX} | {"toy-infer": "cpu", "toy-eval": "cpu"}
 
 #: Recipes that start from a GGUF, and the knob that `--model` is for each.
 WITH_BASE = {"lora": "lora.base", "warm-start": "model.donor"}
@@ -132,7 +139,7 @@ def check_words(recipe: str, arch: str, device: str, origins: Mapping[str, str],
     for key, what, word, table in (
         ("run.recipe", "recipe", recipe, RECIPES),
         ("run.arch", "architecture", arch, ARCHS),
-        ("run.device", "device", device, DEVICES),
+        ("run.device", "device", device, DEVICES | {AUTO: ""}),
     ):
         _known(what, word, table, origins.get(key, ""), key in given)
 
@@ -143,16 +150,45 @@ def device_reason(device: str) -> str:
         return "metal needs macOS"
     if device == "cuda" and cuda_toolkit() is None:
         return "cuda needs NVIDIA's toolkit, and there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
-    if device == "vulkan" and shutil.which("glslc") is None:
-        return "vulkan needs its headers and the shader compiler glslc"
+    if device == "vulkan":
+        from toy import devices
+
+        return devices.vulkan_reason()
     return ""
 
 
 DEVICE_HINTS = {
     "metal": "use --device cpu here",
     "cuda": "install the CUDA toolkit or set CUDA_HOME; --device cpu works now",
-    "vulkan": "Debian: apt install libvulkan-dev glslc; --device cpu works now",
+    "vulkan": "Debian: apt install libvulkan-dev glslc spirv-headers, and a driver such as mesa-vulkan-drivers;"
+    " --device cpu works now",
 }
+
+
+def auto_device(recipe: str, dtype: str) -> tuple[str, str]:
+    """What --device auto is for a recipe: the best device here, and why it is not a better one."""
+    passed: list[str] = []
+    for device in DEVICES:
+        rows = [row for row in MATRIX if (row.recipe, row.device) == (recipe, device)]
+        reason = device_reason(device) or _software(device)
+        if not reason and not rows:
+            reason = f"{recipe} cannot run on {device} yet"
+        if not reason and all(dtype not in row.dtypes for row in rows):
+            reason = f"{device} does not train in {dtype}"
+        if not reason:
+            return device, "; ".join(passed)
+        passed.append(reason)
+    return "cpu", "; ".join(passed)
+
+
+def _software(device: str) -> str:
+    """Whether a device that may be used is only made of software, slower than the cpu's own runner."""
+    if device != "vulkan":
+        return ""
+    from toy import devices
+
+    found = devices.vulkan_usable()
+    return "" if any(gpu.is_gpu for gpu in found) else f"vulkan has only {found[0].name}, which is software"
 
 
 def cuda_toolkit() -> Path | None:
@@ -219,7 +255,7 @@ def check_knobs(row: Row, dtype: str, origin: str = "") -> None:
         where = f" ({origin})" if origin else ""
         raise ToyError(
             "not_available",
-            f"train.dtype = {dtype} is not in this toy yet{where}",
+            f"train.dtype = {dtype} cannot be trained on {row.device} yet{where}",
             f"{row.target} computes in {' or '.join(row.dtypes)}",
         )
 

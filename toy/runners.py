@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from toy import __version__
 from toy.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, KINDS, ToyError, os_error, shown
+from toy.recipes import RUNNERS
 
 # --- places ---------------------------------------------------------------------------------------------------------
 
@@ -39,8 +40,12 @@ class Root:
     def runner(self, target: str, variant: str = "native") -> Path:
         return (self.libexec / "portable" if variant == "portable" else self.libexec) / target
 
-    def stamp(self, variant: str) -> Path:
-        return self.build / variant / "toy-stamp.json"
+    def folder(self, variant: str, device: str = "cpu") -> Path:
+        """Where the runners of a device are built: each in a folder of its own, so that none is built for another."""
+        return self.build / (variant if device == "cpu" else f"{variant}-{device}")
+
+    def stamp(self, variant: str, device: str = "cpu") -> Path:
+        return self.folder(variant, device) / "toy-stamp.json"
 
 
 def _is_source(path: Path) -> bool:
@@ -121,8 +126,8 @@ def _tools() -> dict[str, str]:
     return tools
 
 
-def _fingerprint(root: Root, variant: str) -> str:
-    """What decides whether a build is fresh: every source's size and time, the variant, the compilers."""
+def _fingerprint(root: Root, variant: str, device: str) -> str:
+    """What decides whether a build is fresh: every source's size and time, the variant, the device, the compilers."""
     rows = []
     folders = [root.source / "native", root.source / "vendor-patches"]
     while folders:
@@ -137,7 +142,8 @@ def _fingerprint(root: Root, variant: str) -> str:
     stat = (root.source / "CMakeLists.txt").stat()
     flags = [os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")]
     compiler = find_compiler()
-    rows += [f"CMakeLists.txt {stat.st_size} {stat.st_mtime_ns}", variant, str(root.source), str(compiler), *flags]
+    rows += [f"CMakeLists.txt {stat.st_size} {stat.st_mtime_ns}", variant, device]
+    rows += [str(root.source), str(compiler), *flags]
     return "\n".join(sorted(rows))
 
 
@@ -149,10 +155,10 @@ def _file_mark(path: Path) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def build_info(variant: str = "native") -> dict[str, Any]:
+def build_info(variant: str = "native", device: str = "cpu") -> dict[str, Any]:
     """What the last build of this variant recorded: compiler, its version, flags."""
     try:
-        info = json.loads(find_root().stamp(variant).read_text())["info"]
+        info = json.loads(find_root().stamp(variant, device).read_text())["info"]
     except (OSError, ValueError, KeyError):
         return {}
     return info if isinstance(info, dict) else {}
@@ -160,15 +166,23 @@ def build_info(variant: str = "native") -> dict[str, Any]:
 
 def is_built(targets: Sequence[str], variant: str = "native") -> bool:
     """Whether these runners are there and of these sources."""
-    return _is_fresh(find_root(), targets, variant)
+    root = find_root()
+    return all(_is_fresh(root, names, variant, device) for device, names in _by_device(targets).items())
 
 
-def _is_fresh(root: Root, targets: Sequence[str], variant: str) -> bool:
+def _by_device(targets: Sequence[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in targets:
+        groups.setdefault(RUNNERS.get(name, "cpu"), []).append(name)
+    return groups
+
+
+def _is_fresh(root: Root, targets: Sequence[str], variant: str, device: str) -> bool:
     try:
-        stamp = json.loads(root.stamp(variant).read_text())
+        stamp = json.loads(root.stamp(variant, device).read_text())
         built = stamp["targets"]
         fresh = all(built.get(name) and built[name] == _file_mark(root.runner(name, variant)) for name in targets)
-        return fresh and stamp["fingerprint"] == _fingerprint(root, variant)
+        return fresh and stamp["fingerprint"] == _fingerprint(root, variant, device)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -180,19 +194,23 @@ def ensure_built(targets: Sequence[str], variant: str = "native", *, quiet: bool
     the runners that were there before, whole. Raises ToyError (build_failed, disk_full, interrupted, missing_file).
     """
     root = find_root()
-    paths = {name: root.runner(name, variant) for name in targets}
-    if _is_fresh(root, targets, variant):
-        return paths
+    for device, names in _by_device(targets).items():
+        _ensure(root, names, variant, device, quiet)
+    return {name: root.runner(name, variant) for name in targets}
+
+
+def _ensure(root: Root, targets: list[str], variant: str, device: str, quiet: bool) -> None:
+    if _is_fresh(root, targets, variant, device):
+        return
     tools = _tools()
-    folder = root.build / variant
+    folder = root.folder(variant, device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "toy-build.lock"):
-            if not _is_fresh(root, targets, variant):  # another toy may have built them meanwhile
-                _build(root, list(targets), variant, tools, quiet)
+            if not _is_fresh(root, targets, variant, device):  # another toy may have built them meanwhile
+                _build(root, targets, variant, device, tools, quiet)
     except OSError as error:
         raise os_error(error, "build the runners") from error
-    return paths
 
 
 @contextlib.contextmanager
@@ -206,11 +224,11 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(root: Root, targets: list[str], variant: str, tools: dict[str, str], quiet: bool) -> None:
-    folder = root.build / variant
+def _build(root: Root, targets: list[str], variant: str, device: str, tools: dict[str, str], quiet: bool) -> None:
+    folder = root.folder(variant, device)
     log = folder / "build.log"
     begun = time.monotonic()
-    fingerprint = _fingerprint(root, variant)
+    fingerprint = _fingerprint(root, variant, device)
     cache = folder / "CMakeCache.txt"
     if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={root.source}\n" not in cache.read_text(errors="replace"):
         cache.unlink()  # the tree was moved, or another toy of this version built here
@@ -222,13 +240,13 @@ def _build(root: Root, targets: list[str], variant: str, tools: dict[str, str], 
         f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
         f"-DCMAKE_CXX_COMPILER={tools['cxx']}", f"-DCMAKE_C_COMPILER={tools['cc']}",
         f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DTOY_VARIANT={variant}", f"-DTOY_LIBEXEC={linked}", "-DTOY_PYTHON_MODULE=OFF",
+        f"-DTOY_VARIANT={variant}", f"-DTOY_DEVICES={device}", f"-DTOY_LIBEXEC={linked}", "-DTOY_PYTHON_MODULE=OFF",
     ]  # fmt: skip
     from toy.config.resolve import usable_cores
 
     # ninja itself, not cmake --build: each of its jobs is a process group of its own, and only ninja can end them all
     compile = [tools["ninja"], "-C", str(folder), "-j", str(usable_cores()), *targets]
-    with log.open("w", encoding="utf-8") as out, _Progress(targets, variant, quiet) as progress:
+    with log.open("w", encoding="utf-8") as out, _Progress(targets, variant, device, quiet) as progress:
         for command in (configure, compile):
             out.write("$ " + " ".join(command) + "\n")
             out.flush()
@@ -244,7 +262,7 @@ def _build(root: Root, targets: list[str], variant: str, tools: dict[str, str], 
             os.replace(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
-    stamp = root.stamp(variant)
+    stamp = root.stamp(variant, device)
     try:
         before = json.loads(stamp.read_text())
         marks = before["targets"] if before["fingerprint"] == fingerprint else {}
@@ -354,8 +372,9 @@ def _build_error(log: Path) -> ToyError:
 class _Progress:
     """Build progress on stderr: one moving line on a terminal, a line or two in a pipe."""
 
-    def __init__(self, targets: list[str], variant: str, quiet: bool) -> None:
+    def __init__(self, targets: list[str], variant: str, device: str, quiet: bool) -> None:
         self.text = f"building {', '.join(targets)} ({variant})"
+        self.patience = "a minute or two" if device == "cpu" else "some minutes"  # a device's library has many kernels
         self.quiet = quiet
         self.tty = sys.stderr.isatty() and not quiet
         self.status: Any = None
@@ -367,7 +386,7 @@ class _Progress:
             self.status = Console(stderr=True, highlight=False).status(self.text)
             self.status.__enter__()
         elif not self.quiet:
-            print(f"{self.text}; the first time takes a minute or two", file=sys.stderr, flush=True)
+            print(f"{self.text}; the first time takes {self.patience}", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -542,7 +561,8 @@ def launch(
             )  # fmt: skip
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            hint = "`toy install` builds the runners again"
+            device = RUNNERS.get(target, "cpu")
+            hint = f"`toy install{'' if device == 'cpu' else f' --device {device}'}` builds the runners again"
             raise ToyError("runner_failed", f"cannot start {path}: {reason}", hint) from error
         if stops:
             os.killpg(process.pid, signal.SIGINT)

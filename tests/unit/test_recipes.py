@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from harness import ROOT
 
-from toy import recipes
+from toy import devices, recipes
 from toy.errors import ToyError
 
 CPU = ("from-scratch", "llama", "cpu")
@@ -45,10 +47,82 @@ def test_what_can_be_trained_now(recipe: str, arch: str, target: str) -> None:
 
 def test_every_runner_has_a_source_and_a_line_in_the_build() -> None:
     lines = (ROOT / "CMakeLists.txt").read_text()
-    for name in recipes.RUNNERS:
-        assert (ROOT / "native" / "runners" / f"{name}.cpp").is_file()
-        assert re.search(rf"add_toy_runner\({name} .*SOURCES native/runners/{name}\.cpp\)", lines)
+    for name, device in recipes.RUNNERS.items():
+        family = name.removesuffix(f"-{device}")
+        assert (ROOT / "native" / "runners" / f"{family}.cpp").is_file()
+        assert (ROOT / "native" / "engine" / "devices" / f"{device}.cpp").is_file()
+        assert re.search(rf"add_toy_runner\({family} .*SOURCES native/runners/{family}\.cpp\)", lines)
     assert {row.target for row in recipes.MATRIX} | set(recipes.INFER.values()) <= set(recipes.RUNNERS)
+
+
+@pytest.mark.parametrize("device", ["vulkan"])
+def test_a_device_has_runners_of_its_own_for_every_recipe(device: str) -> None:
+    for row in recipes.MATRIX:
+        if row.device == "cpu":
+            twin = next(
+                other
+                for other in recipes.MATRIX
+                if (other.recipe, other.arch, other.device) == (row.recipe, row.arch, device)
+            )
+            assert twin.target == f"{row.target}-{device}"
+            assert (twin.env, twin.needs, twin.gguf_types) == (row.env, row.needs, row.gguf_types)
+            with pytest.raises(ToyError, match=f"cannot be trained on {device}"):
+                recipes.check_knobs(twin, "bf16")
+
+
+GPU, SOFTWARE = devices.Device("GeForce", is_gpu=True), devices.Device("llvmpipe", is_gpu=False)
+
+
+@pytest.fixture
+def with_vulkan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """A machine with these devices and all that Vulkan's runners are built with."""
+
+    def have(*found: devices.Device, visible: str | None = None) -> None:
+        monkeypatch.setattr(devices, "vulkan_devices", lambda: found)
+        monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+        for header in ("vulkan/vulkan.hpp", "spirv/unified1/spirv.hpp"):
+            (tmp_path / "include" / header).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "include" / header).touch()
+        monkeypatch.setenv("VULKAN_SDK", str(tmp_path))
+        monkeypatch.delenv(devices.VISIBLE, raising=False)
+        if visible is not None:
+            monkeypatch.setenv(devices.VISIBLE, visible)
+
+    return have
+
+
+def test_vulkan_says_what_it_lacks(with_vulkan: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    with_vulkan(GPU)
+    assert recipes.select("from-scratch", "llama", "vulkan").target == "toy-train-vulkan"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "glslc" in recipes.device_reason("vulkan")
+    with_vulkan()
+    assert "finds no device" in recipes.device_reason("vulkan")
+    with_vulkan(SOFTWARE)
+    assert "only llvmpipe, which is software" in recipes.device_reason("vulkan")
+    with_vulkan(SOFTWARE, visible="0")
+    assert recipes.device_reason("vulkan") == ""
+    with_vulkan(SOFTWARE, visible="1")
+    assert f"{devices.VISIBLE}=1 names no device" in recipes.device_reason("vulkan")
+    monkeypatch.setattr(devices, "vulkan_devices", lambda: None)
+    with pytest.raises(ToyError, match="no libvulkan") as caught:
+        recipes.select("vit-tiny", "vit", "vulkan")
+    assert caught.value.kind == "not_available"
+    assert "apt install" in caught.value.hint
+
+
+def test_auto_takes_the_best_device_that_can(with_vulkan: Callable[..., None]) -> None:
+    with_vulkan(GPU)
+    assert recipes.auto_device("from-scratch", "f32")[0] == "vulkan"
+    device, reason = recipes.auto_device("from-scratch", "bf16")
+    assert device == "cpu"
+    assert "vulkan does not train in bf16" in reason
+    with_vulkan(SOFTWARE, visible="0")
+    device, reason = recipes.auto_device("lora", "f32")
+    assert device == "cpu"
+    assert "llvmpipe" in reason
+    with_vulkan(SOFTWARE, GPU, visible="1")
+    assert recipes.auto_device("vit-tiny", "f32")[0] == "vulkan"
 
 
 def test_every_cell_is_there_or_has_its_reason() -> None:

@@ -84,6 +84,28 @@ def test_a_build_is_fresh_until_a_source_or_the_runner_changes(root: runners.Roo
     assert not runners.is_built(["toy-train"])
 
 
+def test_each_device_is_built_where_it_is_asked_for_and_leaves_the_others_alone(root: runners.Root) -> None:
+    (root.source / "CMakeLists.txt").write_text(
+        'cmake_minimum_required(VERSION 3.18)\nproject(x CXX)\nset(suffix "")\n'
+        "if (NOT TOY_DEVICES STREQUAL cpu)\nset(suffix -${TOY_DEVICES})\nendif()\n"
+        "foreach(name toy-train toy-train-vit)\nadd_executable(${name}${suffix} native/x.cpp)\n"
+        'target_compile_definitions(${name}${suffix} PRIVATE DEVICE="${TOY_DEVICES}")\n'
+        "set_target_properties(${name}${suffix} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${TOY_LIBEXEC})\nendforeach()\n"
+    )
+    (root.source / "native" / "x.cpp").write_text("#include <cstdio>\nint main() { puts(DEVICE); }\n")
+    runners.ensure_built(["toy-train"], quiet=True)
+    assert os.listdir(root.build) == ["native"], "nothing of a device that nobody asked for"
+    before = root.stamp("native").read_bytes()
+    paths = runners.ensure_built(["toy-train-vulkan", "toy-train"], quiet=True)
+    for name, device in (("toy-train-vulkan", "vulkan"), ("toy-train", "cpu")):
+        assert subprocess.run([paths[name]], check=True, capture_output=True, text=True).stdout == f"{device}\n"
+    assert sorted(os.listdir(root.libexec)) == ["toy-train", "toy-train-vulkan"]
+    assert root.stamp("native").read_bytes() == before
+    assert runners.is_built(["toy-train-vulkan", "toy-train"])
+    assert not runners.is_built(["toy-train-vulkan", "toy-train-vit-vulkan"])
+    assert runners.build_info("native", "vulkan")["compiler_version"]
+
+
 def test_lines_come_whole_and_the_environment_is_built_from_nothing(
     root: runners.Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:

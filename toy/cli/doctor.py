@@ -57,13 +57,16 @@ def toy_itself() -> list[dict[str, Any]]:
         rows.append(
             finding("native module", False, str(error), "pip install . builds it: --dry-run, toy describe, toy infer")
         )
-    for variant in ("native", "portable"):
-        fresh = [name for name in recipes.RUNNERS if runners.is_built([name], variant)]
-        missing = [name for name in recipes.RUNNERS if name not in fresh]
+    usable = [device for device in dict.fromkeys(recipes.RUNNERS.values()) if not recipes.device_reason(device)]
+    for device, variant in [(device, variant) for device in usable for variant in ("native", "portable")]:
+        here = [name for name, where in recipes.RUNNERS.items() if where == device]
+        fresh = [name for name in here if runners.is_built([name], variant)]
+        missing = [name for name in here if name not in fresh]
         text = f"{', '.join(fresh) or 'none'} built" + (f"; to build: {', '.join(missing)}" if missing else "")
-        option = " --portable" if variant == "portable" else ""
+        option = f" --device {device}" * (device != "cpu") + " --portable" * (variant == "portable")
         hint = f"`toy install{option}` builds them; so does the first command that needs one"
-        rows.append(finding(f"runners ({variant})", not missing, text, hint, needed=False, built=fresh))
+        what = f"runners ({variant})" if device == "cpu" else f"runners ({variant}, {device})"
+        rows.append(finding(what, not missing, text, hint, needed=False, built=fresh))
     return rows
 
 
@@ -145,6 +148,7 @@ def available_memory() -> str:
 
 def backends() -> list[dict[str, Any]]:
     have = {row.device for row in recipes.MATRIX}
+    best, passed = recipes.auto_device("from-scratch", "f32")
     rows = []
     for device, about in recipes.DEVICES.items():
         reason = recipes.device_reason(device)
@@ -159,4 +163,5 @@ def backends() -> list[dict[str, Any]]:
                 needed=device == "cpu",
             )
         )
+    rows.append(finding("device auto", True, f"{best}{f': {passed}' if passed else ''}", device=best))
     return rows

@@ -60,6 +60,7 @@ class Training:
                     env,
                     variant=self.cfg.run.build,
                     on_stdout=self.on_line,
+                    on_stderr=lambda line: self.view.note(line) if line.startswith("note: ") else None,
                     on_tick=self.on_tick,
                     on_stop=lambda: self.view.note("stopping: saving a checkpoint (Ctrl-C again to give up)"),
                     cwd=self.run,

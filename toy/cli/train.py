@@ -164,6 +164,9 @@ def prepare_job(
     cfg = loaded.config
     recipes.check_words(cfg.run.recipe, cfg.run.arch, cfg.run.device, loaded.origins, flag_keys(given))
     resumed_from = check_resume(cfg, loaded, project)
+    if cfg.run.device == recipes.AUTO:
+        cfg.run.device, reason = recipes.auto_device(cfg.run.recipe, cfg.train.dtype)
+        say(f"note: device {cfg.run.device}{f' ({reason})' if reason else ''}")
     cache = corpora.default_cache_dir(project)
     # a donor brings its architecture: whether there is a runner is asked of what is known then
     early = recipes.any_row(cfg.run.recipe, cfg.run.arch, cfg.run.device, loaded.origins["run.arch"] != "default")
@@ -171,6 +174,11 @@ def prepare_job(
     inputs.settle()
     row = inputs.row = recipes.select(cfg.run.recipe, cfg.run.arch, cfg.run.device)
     recipes.check_knobs(row, cfg.train.dtype, loaded.origins["train.dtype"])
+    if cfg.log.profile and row.device != "cpu":
+        message = (
+            f"log.profile = {cfg.log.profile} ({loaded.origins['log.profile']}) takes the times of the cpu's operations"
+        )
+        raise ToyError("not_available", message, f"leave it out, or profile with --device cpu instead of {row.device}")
     check_template(loaded.run_id_template, loaded.template_origin)
     if out is not None:
         out = Path(os.path.abspath(out.expanduser()))
@@ -252,7 +260,10 @@ def has_ended(run: Path) -> bool:
 
 
 def native_plan(cfg: config.Config, corpus_tokens: int = 0, base: Path | None = None) -> dict[str, Any]:
-    """The exact memory of a resolved configuration, from the allocated graph. Raises ToyError (oom, bad_config)."""
+    """The memory of a resolved configuration, from the allocated graph. Raises ToyError (oom, bad_config).
+
+    Exact on the cpu; for another device it is the device's graph as the cpu would lay it out.
+    """
     try:
         from toy import _native
     except ImportError as error:
@@ -288,7 +299,7 @@ def check_room(job: Job, cfg: config.Config, n_tokens: int = 0) -> dict[str, Any
 
     plan = native_plan(cfg, n_tokens, job.inputs.base)
     memory = memory_bytes()
-    if plan["total"] > memory:
+    if plan["total"] > memory and cfg.run.device == "cpu":  # how much another device has, its runner finds out
         raise ToyError(
             "oom",
             f"this run needs {bytes_text(plan['total'])} of memory, and this machine has {bytes_text(memory)}",
@@ -356,7 +367,7 @@ def fill(job: Job, claim: Claim) -> tuple[config.Config, dict[str, str]]:
         say(f"note: {note}")
     with os_errors("write the run's files"):
         bundle.write_config(run, resolved, job.project)
-        meta = bundle.meta(run, job.project, resolved.run.build, packed.datasets)
+        meta = bundle.meta(run, job.project, resolved.run.build, packed.datasets, resolved.run.device)
         meta |= {
             "dtype": resolved.train.dtype, "flops_per_token": plan.get("flops_per_token"),
             "resumed_from": job.resumed_from,

@@ -50,9 +50,10 @@ def target(card: cards.Card, device: str = "cpu") -> str:
             f"{card.path} is of the architecture {card.architecture!r}, which toy does not run",
             f"toy infer runs: {known}",
         )
-    if device not in recipes.DEVICES:
-        raise ToyError("bad_flag", f"unknown device {device!r}", f"known: {', '.join(recipes.DEVICES)}")
-    if recipes.RUNNERS[runner] != device:
+    places = (*recipes.DEVICES, recipes.AUTO)
+    if device not in places:
+        raise ToyError("bad_flag", f"unknown device {device!r}", f"known: {', '.join(places)}")
+    if device not in (recipes.RUNNERS[runner], recipes.AUTO):
         reason = recipes.device_reason(device) or f"toy infer does not run on {device} yet"
         raise ToyError("not_available", reason, f"--device {recipes.RUNNERS[runner]} works now")
     return runner

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from toy import __version__, config, runners
+from toy import __version__, config, devices, runners
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -98,7 +98,17 @@ def git_info(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def meta(run: Path, project: Path | None, variant: str, datasets: dict[str, Any]) -> dict[str, Any]:
+def gpu_name(device: str) -> str | None:
+    """The GPU that a runner of this device computes on, where we can tell."""
+    if device == "vulkan":
+        found = devices.vulkan_usable()
+        return found[0].name if found else None
+    return None
+
+
+def meta(
+    run: Path, project: Path | None, variant: str, datasets: dict[str, Any], device: str = "cpu"
+) -> dict[str, Any]:
     """Everything about the circumstances of a run that its configuration does not say."""
     return {
         "format": "toy/meta-v1",
@@ -107,9 +117,9 @@ def meta(run: Path, project: Path | None, variant: str, datasets: dict[str, Any]
         "toy": __version__,
         "python": platform.python_version(),
         "ggml": ggml_info(runners.find_root().source),
-        "build": runners.build_info(variant),
+        "build": runners.build_info(variant, device),
         "cpu": cpu_info(),
-        "gpu": None,
+        "gpu": gpu_name(device),
         "system": f"{platform.system()} {platform.release()}",
         "git": git_info(project or run.parent),
         "argv": ["toy", *sys.argv[1:]],
