@@ -91,7 +91,9 @@ struct reference {
     std::vector<double> out, dq, dk, dv;
 };
 
-// in bf16 what goes into the products is rounded, but for p and ds
+// In bf16 what goes into the products is rounded, but for p and ds. The scores are those of powers of 2, with log2(e) in q.
+static const float LOG2E = 0x1.715476p+0f;
+
 static double rounded(float x, bool bf16) {
     return bf16 ? ggml_bf16_to_fp32(ggml_fp32_to_bf16(x)) : x;
 }
@@ -114,7 +116,8 @@ static reference reference_of(const shape & s, const operands & x, const ggml_te
                 for (int64_t j = 0; j < n; ++j) {
                     p[j] = dp[j] = 0.0;
                     for (int64_t d = 0; d < s.D; ++d) {
-                        const double q = bf16 ? rounded(get(x.q, d, h, t, b) * x.scale, true) : (double) x.scale * get(x.q, d, h, t, b);
+                        const float  f = x.scale * LOG2E;
+                        const double q = bf16 ? rounded(get(x.q, d, h, t, b) * f, true) / LOG2E : (double) x.scale * get(x.q, d, h, t, b);
                         p[j] += q * rounded(get(x.k, d, kv, j, b), bf16);
                         dp[j] += rounded(get(dout, d, h, t, b), bf16) * rounded(get(x.v, d, kv, j, b), bf16);
                     }

@@ -33,14 +33,15 @@ class Product(torch.autograd.Function):
 
 class Scores(torch.autograd.Function):
     """q [b, t, h, d], k [b, s, h, d] -> their dot products [b, h, t, s], to be divided by sqrt(d): that is in q when it
-    is rounded, and the gradient of the scores themselves is rounded."""
+    is rounded, with log2(e) for the scores, and the gradient of the scores themselves is rounded."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
         ctx.root = math.sqrt(q.shape[-1])
-        q, k = rounded(q / ctx.root), rounded(k)
+        log2_e = math.log2(math.e)
+        powers, q, k = rounded(q * (log2_e / ctx.root)), rounded(q / ctx.root), rounded(k)
         ctx.save_for_backward(q, k)
-        return EINSUM("bthd,bshd->bhts", q, k) * ctx.root
+        return EINSUM("bthd,bshd->bhts", powers, k) * (ctx.root / log2_e)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
