@@ -16,7 +16,23 @@
 
 namespace toy {
 
-backend::backend(const std::string & device, int n_threads) : n_threads(n_threads) {
+// Whether a device has what works in place on weights, gradients and moments: that cannot be left to the cpu where they are in the device's memory.
+static bool updates_in_place(ggml_backend_t device) {
+    ggml_context * ctx = ggml_init({ /*mem_size =*/16 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
+    ggml_tensor *  w = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 32, 32), *g = ggml_dup_tensor(ctx, w);
+    ggml_tensor *  m = ggml_dup_tensor(ctx, w), *v = ggml_dup_tensor(ctx, w);
+    ggml_tensor *  hyper = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 8), *ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 32);
+    ggml_set_param(w);
+    bool all = true;
+    for (const ggml_tensor * op :
+         { ggml_opt_step_adamw(ctx, w, g, m, v, hyper), ggml_out_prod_acc(ctx, g, m, v), ggml_get_rows_back_acc(ctx, g, m, ids) }) {
+        all = all && ggml_backend_supports_op(device, op);
+    }
+    ggml_free(ctx);
+    return all;
+}
+
+backend::backend(const std::string & device, int n_threads, bool offload) : n_threads(n_threads) {
     if (device != DEVICE) {
         throw error("not_available", EXIT_BAD_INPUT, format("this runner computes on the %s, not on %s", DEVICE, device.c_str()),
                     format("use --device %s", DEVICE));
@@ -28,6 +44,7 @@ backend::backend(const std::string & device, int n_threads) : n_threads(n_thread
     handle                        = open_device();
     cpu                           = ggml_backend_cpu_init();
     handle                        = handle ? handle : cpu;
+    states                        = offload || !updates_in_place(handle) ? cpu : handle;
     // one pool for the whole run; more threads than cores must not spin, or the one that is needed cannot run
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
     params.poll                   = n_threads > usable_cores() ? 0 : 50;

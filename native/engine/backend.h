@@ -13,9 +13,11 @@ namespace toy {
 struct backend {
     ggml_backend_t handle = nullptr;   // of the device
     ggml_backend_t cpu    = nullptr;   // the same, where the device is the cpu
+    ggml_backend_t states = nullptr;   // holds weights, gradients and moments and updates them: the device, if it can, or the cpu
     int            n_threads;
 
-    backend(const std::string & device, int n_threads);   // throws toy::error (not_available)
+    // offload: the states stay with the cpu. Throws toy::error (not_available)
+    backend(const std::string & device, int n_threads, bool offload = false);
     ~backend();
     backend(const backend &)             = delete;
     backend & operator=(const backend &) = delete;

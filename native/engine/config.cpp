@@ -16,7 +16,7 @@ namespace toy {
 enum sharing { SAME, FREE };
 
 const char * const MAY_CHANGE =
-    "what may change: train.steps and recompute, eval.*, checkpoint.*, log.*, and threads, name, notes and stop_after of run";
+    "what may change: train.steps, recompute and offload, eval.*, checkpoint.*, log.*, and threads, name, notes and stop_after of run";
 
 template <typename F>
 void config::each(F && f) {
@@ -73,6 +73,7 @@ void config::each(F && f) {
     f("train.freeze", train.freeze, SAME);
     f("train.embedding_lr_scale", train.embedding_lr_scale, SAME);
     f("train.recompute", train.recompute, FREE);
+    f("train.offload", train.offload, FREE);
     f("lora.base", lora.base, FREE);
     f("lora.rank", lora.rank, SAME);
     f("lora.alpha", lora.alpha, SAME);

@@ -35,7 +35,7 @@ struct config {
         int         steps, batch, micro_batch, warmup_steps;
         double      learning_rate, min_learning_rate, beta1, beta2, eps, weight_decay, grad_clip, embedding_lr_scale;
         std::string schedule, optimizer, dtype, freeze;
-        bool        recompute;
+        bool        recompute, offload;
     } train;
 
     struct {

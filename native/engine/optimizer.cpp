@@ -48,7 +48,7 @@ adamw::adamw(const config & cfg, const weights & w, backend & be) : cfg(cfg), be
         trained.push_back(&p);
         ggml_build_forward_expand(graph, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.embedding][p.decay]));
     }
-    buf = ggml_backend_alloc_ctx_tensors(ctx, be.handle);
+    buf = ggml_backend_alloc_ctx_tensors(ctx, be.states);
 }
 
 adamw::~adamw() {
@@ -101,7 +101,7 @@ void adamw::step(int step, double lr, double norm) {
         };
         ggml_backend_tensor_set(hyper[embedding][decay], h, 0, sizeof(h));
     }
-    be.compute(graph);
+    check_status(ggml_backend_graph_compute(be.states, graph));
 }
 
 size_t adamw::bytes() const {

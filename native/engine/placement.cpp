@@ -24,15 +24,43 @@ static bool computes(const ggml_tensor * node) {
            node->op != GGML_OP_TRANSPOSE;
 }
 
-// What works in place on a device's weights or gradients cannot be done elsewhere: the scheduler would abort.
+// What works in place on a device's gradients cannot be done elsewhere: the scheduler would abort. The device has these operations (backend::states);
+// where it refuses one, a tensor is larger than its programs see at once.
 void placement::check_in_place() const {
     for (int i = 0; i < graph->n_nodes; i++) {
         const ggml_tensor * node = graph->nodes[i];
         const ggml_tensor * at   = node->view_src;
         if (computes(node) && at && at->buffer && !ggml_backend_buffer_is_host(at->buffer) && !ggml_backend_supports_op(be.handle, node)) {
-            throw error("not_available", EXIT_BAD_INPUT,
-                        format("%s cannot do %s in place on %s", ggml_backend_name(be.handle), ggml_op_desc(node), at->name),
-                        "--device cpu trains this");
+            size_t largest = ggml_nbytes(node);
+            for (const ggml_tensor * src : node->src) {
+                largest = src ? std::max(largest, ggml_nbytes(src)) : largest;
+            }
+            throw error("oom", EXIT_FAILED,
+                        format("%s does not take a tensor of %.2f GiB, which %s for %s reads or writes", ggml_backend_name(be.handle),
+                               (double) largest / (1 << 30), ggml_op_desc(node), at->name),
+                        "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd");
+        }
+    }
+}
+
+// What the graph writes in memory that the cpu has: gradients, where they are kept there (backend::states).
+static bool changes_here(const ggml_tensor * t) {
+    const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    return buffer && ggml_backend_buffer_is_host(buffer) && ggml_backend_buffer_get_usage(buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
+}
+
+bool placement::stays_here(const ggml_tensor * node) const {
+    return changes_here(node) || std::any_of(node->src, node->src + GGML_MAX_SRC, [](const ggml_tensor * src) { return src && changes_here(src); });
+}
+
+// With the weights in its memory the scheduler would leave everything to the cpu. It copies what a device reads once for a graph, so that
+// whatever reads or writes a gradient has to be the cpu's.
+void placement::assign() {
+    for (int i = 0; i < graph->n_nodes && be.states != be.handle; i++) {
+        ggml_tensor * node = graph->nodes[i];
+        if (computes(node)) {
+            const bool on_device = !stays_here(node) && ggml_backend_supports_op(be.handle, node);
+            ggml_backend_sched_set_tensor_backend(sched, node, on_device ? be.handle : be.cpu);
         }
     }
 }
@@ -48,7 +76,9 @@ bool placement::alloc(ggml_cgraph * g) {
     }
     nodes.assign(graph->nodes, graph->nodes + graph->n_nodes);
     ggml_backend_t backends[] = { be.handle, be.cpu };
-    sched = ggml_backend_sched_new(backends, nullptr, 2, tensors.size() + graph->n_leafs, /*parallel =*/false, /*op_offload =*/false);
+    // trained weights are nodes too, and of another context
+    const size_t   size       = tensors.size() + graph->n_nodes + graph->n_leafs;
+    sched                     = ggml_backend_sched_new(backends, nullptr, 2, size, /*parallel =*/false, /*op_offload =*/false);
     return place(graph->n_nodes);
 }
 
@@ -65,6 +95,7 @@ void placement::restore() {
 
 bool placement::place(int n_nodes) {
     restore();
+    assign();
     const int all  = graph->n_nodes;
     graph->n_nodes = n_nodes;   // not a view, which has no leafs
     const bool ok  = ggml_backend_sched_alloc_graph(sched, graph);
@@ -113,6 +144,9 @@ void placement::walk(const std::function<bool(ggml_tensor * node)> & seen) {
 
 size_t placement::needed() {
     size_t sizes[2] = {};
+    if (sched && be.states != be.handle) {
+        return 0;   // measuring forgets what assign() decided
+    }
     if (sched) {
         restore();
         ggml_backend_sched_reserve_size(sched, graph, sizes);
@@ -132,7 +166,7 @@ std::string placement::left_to_cpu() const {
     std::map<std::string, int> count;
     for (int i = 0; sched && i < graph->n_nodes; i++) {
         ggml_tensor * node = graph->nodes[i];
-        if (computes(node) && ggml_backend_sched_get_tensor_backend(sched, node) == be.cpu) {
+        if (computes(node) && ggml_backend_sched_get_tensor_backend(sched, node) == be.cpu && !stays_here(node)) {
             count[ggml_op_desc(node)]++;
         }
     }

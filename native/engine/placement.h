@@ -20,12 +20,12 @@ struct placement {
     placement(const placement &)             = delete;
     placement & operator=(const placement &) = delete;
 
-    bool alloc(ggml_cgraph * graph);     // false: out of memory. Throws toy::error (not_available)
+    bool alloc(ggml_cgraph * graph);     // false: out of memory. Throws toy::error (oom)
     void compute(ggml_cgraph * graph);   // the graph of alloc(), or its first nodes. Throws toy::error (runner_failed, oom)
     // Computes the graph of alloc() until `seen`, which may read the node just computed, says false.
     void walk(const std::function<bool(ggml_tensor * node)> & seen);
 
-    size_t      needed();              // on the device: what a failed alloc() asked for. Nothing lies anywhere afterwards
+    size_t      needed();              // on the device: what a failed alloc() asked for, 0: unknown. Nothing lies anywhere afterwards
     size_t      bytes() const;         // on the device and for the cpu
     std::string left_to_cpu() const;   // "ATTN (8), ATTN_BACK (4)": what the device lacks; "" on the cpu
 
@@ -43,6 +43,8 @@ struct placement {
     std::vector<ggml_tensor *> nodes;
 
     void check_in_place() const;
+    bool stays_here(const ggml_tensor * node) const;
+    void assign();
     void restore();
     bool place(int n_nodes);
 };

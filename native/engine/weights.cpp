@@ -115,9 +115,7 @@ void weights::alloc(ggml_backend_t backend) {
         }
         use_huge_pages(buf[i]);
     }
-    if (!ggml_backend_buffer_is_host(buf[0])) {
-        ggml_backend_buffer_set_usage(buf[0], GGML_BACKEND_BUFFER_USAGE_WEIGHTS);   // the scheduler computes where they are
-    }
+    ggml_backend_buffer_set_usage(buf[0], GGML_BACKEND_BUFFER_USAGE_WEIGHTS);   // no graph writes them: see placement
     join_gradients();
 }
 

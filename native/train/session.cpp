@@ -25,12 +25,12 @@ static hparams shape_of(const config & cfg, const model_file * base) {
 
 session::session(const config & cfg_in, const inputs_lookup & paths, const std::string & device)
     : cfg(cfg_in),
-      be(device.empty() ? cfg.run.device : device, cfg.run.threads),
+      be(device.empty() ? cfg.run.device : device, cfg.run.threads, cfg.train.offload),
       base(cfg.run.recipe == "lora" ? std::make_unique<model_file>(paths("GGUF"), be.handle) : nullptr),
       hp(shape_of(cfg, base.get())),
       model(arch_of(hp.arch)) {
     declare();
-    w.alloc(be.handle);
+    w.alloc(be.states);
     build_inputs();
     build_step();
     opt = std::make_unique<adamw>(cfg, w, be);
@@ -150,7 +150,9 @@ void session::build_step() {
 
     place = std::make_unique<placement>(be, ctx_graph);
     if (!place->alloc(graph)) {
-        throw error("oom", EXIT_FAILED, format("cannot allocate the compute buffer of the step: %.2f GiB", (double) place->needed() / (1 << 30)),
+        const size_t      size = place->needed();
+        const std::string text = size > 0 ? format(": %.2f GiB", (double) size / (1 << 30)) : "";
+        throw error("oom", EXIT_FAILED, "cannot allocate the compute buffer of the step" + text,
                     "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd; `--dry-run` says what is needed");
     }
     use_huge_pages(loss->buffer);
@@ -376,7 +378,7 @@ static void require_same(const gguf_file & donor, const char * what, double thei
 
 void session::start_weights(const inputs_lookup & paths) {
     const bool warm = cfg.run.recipe == "warm-start" && cfg.model.init != "scratch", whole = warm && cfg.model.init != "embeddings";
-    w.start(cfg.run.seed, be.is_cpu() ? be.n_threads : 1, [whole](const std::string &) { return !whole; });
+    w.start(cfg.run.seed, be.states == be.cpu ? be.n_threads : 1, [whole](const std::string &) { return !whole; });
     if (!warm) {
         return;
     }

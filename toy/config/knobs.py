@@ -237,6 +237,10 @@ class Train(Section):
     recompute: bool = knob(
         False, "Compute a block's activations again for its gradients: less memory, a third more work, the same bytes."
     )
+    offload: bool = knob(
+        False,
+        "Keep weights, gradients and moments in this machine's memory and update them there; a GPU holds activations.",
+    )
 
 
 class Lora(Section):

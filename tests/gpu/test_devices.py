@@ -1,0 +1,165 @@
+"""Every recipe on every other device that is here, Mesa's software device too: the cpu's losses, to the byte again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import EXCERPT, ROOT, TINY, Toy, sets
+
+from toy import devices, recipes
+
+#: A device made of software has to be named.
+VISIBLE = {devices.VISIBLE: os.environ.get(devices.VISIBLE, "0")}
+SMALL = sets(
+    model__n_layer=2, model__n_embd=32, model__n_head=4, model__n_head_kv=2, model__n_ff=48, model__context=24,
+    train__batch=4, train__micro_batch=2,
+)  # fmt: skip
+SMALL_GPT2 = sets(
+    model__n_layer=2, model__n_embd=32, model__n_head=4, model__context=24, train__batch=4, train__micro_batch=2
+)
+SMALL_VIT = sets(model__n_layer=2, model__n_embd=32, model__n_head=2, train__batch=4, eval__batches=2)
+MIXED = ROOT / "data" / "gates" / "shakespeare-mixed.gguf"
+#: Name -> flags, and how far a loss may be from the cpu's, relative to it. With quantised weights the cpu rounds what
+#: they are multiplied with.
+CASES: dict[str, tuple[tuple[object, ...], float]] = {
+    "llama": ((*TINY, *SMALL), 1e-4),
+    "llama-offload": ((*TINY, *SMALL, *sets(train__offload=True)), 1e-4),
+    "gpt2": ((*TINY, "--arch", "gpt2", *SMALL_GPT2), 1e-4),
+    "warm-start": (("warm-start", "--corpus", EXCERPT, "--model", "donor"), 1e-4),
+    "lora": (("lora", "--corpus", EXCERPT, "--model", MIXED, "--rank", 4, *sets(model__context=24)), 2e-3),
+    "lora-dropout": (("lora", "--corpus", EXCERPT, "--model", "donor", *sets(lora__dropout=0.1)), 1e-4),
+    "vit-tiny": (("vit-tiny", "--images", ROOT / "data" / "digits", *SMALL_VIT), 1e-4),
+}
+FEW = ("--steps", 6, "--threads", 2, *sets(eval__every=3, checkpoint__every=3), "--no-sample", "--json")
+
+
+@dataclass
+class Place:
+    """A folder with a model to start from, and a device whose runners are built: minutes the first time."""
+
+    toy: Toy
+    device: str
+
+    def train(self, *args: object, on: str = "", out: str) -> Any:
+        return self.toy("train", *args, "--device", on or self.device, "--out", out)
+
+
+@pytest.fixture(scope="session", params=dict.fromkeys(row.device for row in recipes.MATRIX if row.device != "cpu"))
+def place(
+    request: pytest.FixtureRequest, home: dict[str, str], built: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    device: str = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(devices.VISIBLE, VISIBLE[devices.VISIBLE])
+        if reason := recipes.device_reason(device):
+            pytest.skip(reason)
+        toy = Toy(tmp_path_factory.mktemp(device), home | VISIBLE)
+        toy("install", "--device", device, timeout=1800).ok()
+        toy("train", *TINY, *SMALL, "--steps", 2, "--out", "donor").ok()
+        yield Place(toy, device)
+
+
+def weights(document: dict[str, Any]) -> bytes:
+    from toy import _native
+
+    path = Path(document["gguf"])
+    return path.read_bytes()[_native.gguf_read(str(path))["data_offset"] :]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_recipe_learns_what_the_cpu_learns(place: Place, name: str) -> None:
+    flags, far = CASES[name]
+    cpu = place.train(*flags, *FEW, on="cpu", out=f"{name}-cpu").ok().document
+    first = place.train(*flags, *FEW, out=f"{name}-1").ok().document
+    want, got = [float(x) for x in cpu["losses"]], [float(x) for x in first["losses"]]
+    assert first["device"] == place.device
+    assert len(want) == len(got) == 6
+    assert got == pytest.approx(want, rel=far)
+    assert first["val_loss"] == pytest.approx(cpu["val_loss"], rel=far)
+    assert got[0] != got[-1]
+    # killed or not, a run goes on to the byte; and so it is the same from run to run
+    middle = Path(first["run_dir"]) / "checkpoints" / "step_3"
+    on = place.toy("train", "--resume", middle, "--no-sample", "--json", "--out", f"{name}-on").ok().document
+    assert on["device"] == place.device
+    assert on["losses"] == first["losses"][3:]
+    assert on["val_loss"] == first["val_loss"]
+    assert weights(on) == weights(first)
+
+
+def test_a_run_moves_to_another_device(place: Place) -> None:
+    begun = place.train(*TINY, *SMALL, *FEW, out="moved-1").ok().document
+    middle = Path(begun["run_dir"]) / "checkpoints" / "step_3"
+    moved = place.toy("train", "--resume", middle, "--device", "cpu", "--no-sample", "--json", "--out", "moved-2").ok()
+    assert moved.document["device"] == "cpu"
+    rest = [float(x) for x in begun["losses"][3:]]
+    assert [float(x) for x in moved.document["losses"]] == pytest.approx(rest, rel=1e-4)
+
+
+def test_what_the_device_lacks_is_said_once(place: Place) -> None:
+    told = place.train(*CASES["lora-dropout"][0], "--steps", 3, "--no-sample", out="told").ok()
+    notes = [line for line in told.stderr.splitlines() if "lacks operations" in line]
+    assert len(notes) == 1
+    assert "DROPOUT" in notes[0]
+    assert len(told.steps) == 3
+    meta = json.loads((place.toy.cwd / "told" / "meta.json").read_text())
+    if place.device == "vulkan":
+        assert "OUT_PROD" not in notes[0], "products and gradients stay on the device"
+        whole = place.train(*CASES["llama"][0], "--steps", 2, out="whole").ok()
+        assert "lacks operations" not in whole.stderr
+        assert meta["gpu"] == devices.vulkan_usable()[0].name
+
+
+def test_the_loss_that_is_not_finite_is_found(place: Place) -> None:
+    """The step is walked again, one operation after the other, whichever device it is on."""
+    # the weights grow ninefold at each step: lr * weight_decay = 10
+    wild = sets(
+        train__learning_rate=10, train__min_learning_rate=10, train__weight_decay=1, train__grad_clip=0,
+        train__warmup_steps=0,
+    )  # fmt: skip
+    result = place.train(*TINY, *SMALL, *wild, "--steps", 200, "--json", out="wild")
+    assert result.code == 1
+    error = result.document["error"]
+    assert error["kind"] == "non_finite"
+    assert "first bad tensor: " in error["message"]
+    assert " at " in error["message"].split("first bad tensor: ")[1], "an operation, and where it is"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (sets(train__dtype="bf16"), "train.dtype = bf16 cannot be trained on {device} yet"),
+        (sets(log__profile=2), "log.profile"),
+    ],
+)
+def test_what_a_device_does_not_do_is_refused(place: Place, flags: list[str], said: str) -> None:
+    if "bf16" in flags[-1] and "bf16" in recipes.select("from-scratch", "llama", place.device).dtypes:
+        pytest.skip(f"{place.device} has bf16")
+    result = place.train(*TINY, *flags, out="refused")
+    assert result.code == 2
+    assert said.format(device=place.device) in result.stderr
+    assert not (place.toy.cwd / "refused").exists()
+
+
+def test_no_device_of_that_number(place: Place) -> None:
+    if place.device != "vulkan":
+        pytest.skip("GGML_VK_VISIBLE_DEVICES is Vulkan's")
+    result = place.toy("train", *TINY, "--device", "vulkan", "--out", "none", env={devices.VISIBLE: "7"})
+    assert result.code == 2
+    assert f"{devices.VISIBLE}=7 names no device" in result.stderr
+    assert not (place.toy.cwd / "none").exists()
+
+
+def test_auto_leaves_a_device_of_software_alone(place: Place) -> None:
+    result = place.toy("train", *TINY, *SMALL, "--steps", 1, "--device", "auto", "--out", "auto", "--json").ok()
+    real = [device.is_gpu for device in devices.vulkan_usable()]
+    if place.device == "vulkan" and not any(real) and recipes.device_reason("cuda"):
+        assert result.document["device"] == "cpu"
+    best = result.document["device"]
+    assert json.loads((place.toy.cwd / "auto" / "config.json").read_text())["run"]["device"] == best
+    assert f"note: device {best}" in result.stderr
