@@ -80,6 +80,12 @@ _CPU: tuple[Row, ...] = (
     ),
 )  # fmt: skip
 
+
+def on_device(target: str, device: str) -> str:
+    """The name of a runner, which is of the cpu as it stands, for another device."""
+    return target if device == "cpu" else f"{target}-{device}"
+
+
 #: Devices with a runner for each of the above, of the same sources, and what they compute in.
 _ALSO_ON = {"vulkan": ("f32",)}
 
@@ -87,7 +93,7 @@ _ALSO_ON = {"vulkan": ("f32",)}
 MATRIX: tuple[Row, ...] = (
     *_CPU,
     *(
-        replace(row, device=device, target=f"{row.target}-{device}", dtypes=dtypes)
+        replace(row, device=device, target=on_device(row.target, device), dtypes=dtypes)
         for device, dtypes in _ALSO_ON.items()
         for row in _CPU
     ),
@@ -109,14 +115,16 @@ NONSENSE = {
     ("vit-tiny", "gpt2"): ("vit-tiny trains on images, and gpt2 reads text", "leave --arch out: vit-tiny is a vit"),
 }
 
-#: What can be run from a GGUF now: architecture -> runner of `toy infer`.
+#: What can be run from a GGUF now: architecture -> runner of `toy infer` on the cpu (elsewhere: see on_device).
 INFER = {"llama": "toy-infer", "qwen2": "toy-infer", "gpt2": "toy-infer", "vit": "toy-infer"}
 
-#: What can be scored now: architecture -> runner of `toy eval`.
+#: What can be scored now: architecture -> runner of `toy eval` on the cpu.
 EVAL = {"llama": "toy-eval", "qwen2": "toy-eval", "gpt2": "toy-eval", "vit": "toy-eval"}
 
 #: Every runner this source tree can build, with the device it needs.
-RUNNERS = {row.target: row.device for row in MATRIX} | {"toy-infer": "cpu", "toy-eval": "cpu"}
+RUNNERS = {row.target: row.device for row in MATRIX} | {
+    on_device(name, device): device for name in ("toy-infer", "toy-eval") for device in ("cpu", *_ALSO_ON)
+}
 
 #: Recipes that start from a GGUF, and the knob that `--model` is for each.
 WITH_BASE = {"lora": "lora.base", "warm-start": "model.donor"}
@@ -179,6 +187,20 @@ def auto_device(recipe: str, dtype: str) -> tuple[str, str]:
             return device, "; ".join(passed)
         passed.append(reason)
     return "cpu", "; ".join(passed)
+
+
+def tool_on(target: str, device: str) -> str:
+    """The runner of `toy infer` or `toy eval` on a device, or a ToyError (not_available, bad_flag) with the reason."""
+    if device not in (*DEVICES, AUTO):
+        raise ToyError("bad_flag", f"unknown device {device!r}", f"known: {', '.join((*DEVICES, AUTO))}")
+    if device == AUTO:
+        there = (place for place in DEVICES if on_device(target, place) in RUNNERS)
+        device = next(place for place in there if not (device_reason(place) or _software(place)))
+    if reason := device_reason(device):
+        raise ToyError("not_available", reason, DEVICE_HINTS.get(device, ""))
+    if on_device(target, device) not in RUNNERS:
+        raise ToyError("not_available", f"{target} does not run on {device} yet", "--device cpu works now")
+    return on_device(target, device)
 
 
 def _software(device: str) -> str:

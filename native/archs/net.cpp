@@ -2,6 +2,7 @@
 
 #include "engine/rng.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace toy {
@@ -64,22 +65,28 @@ void kv_cache::move_graph(int T) {
     }
 }
 
-// Of operations that every device has: [T, T] scores of each head exist.
+void set_causal_mask(tensor mask, int64_t n_past) {
+    const int64_t      S = mask->ne[0], T = mask->ne[1];
+    std::vector<float> all(S * T, 0.0f);
+    for (int64_t i = 0; i < T; i++) {
+        std::fill(all.begin() + i * S + n_past + i + 1, all.begin() + (i + 1) * S, -INFINITY);
+    }
+    ggml_backend_tensor_set(mask, all.data(), 0, ggml_nbytes(mask));
+}
+
+// Of operations that every device has: the scores of each head exist, [S, T] of T tokens that see S.
 tensor net::plain_attention(tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3];
     q        = ggml_cont(ctx, ggml_permute(ctx, q, 0, 2, 1, 3));                                                              // [D, T, H, B]
-    k        = ggml_cont(ctx, ggml_permute(ctx, k, 0, 2, 1, 3));                                                              // [D, T, K, B]
-    v        = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));                                                              // [T, D, K, B]
-    tensor p = ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), causal ? mask : nullptr, 1.0f / std::sqrt((float) D), 0.0f);   // [T, T, H, B]
+    k        = ggml_cont(ctx, ggml_permute(ctx, k, 0, 2, 1, 3));                                                              // [D, S, K, B]
+    v        = ggml_cont(ctx, ggml_permute(ctx, v, 1, 2, 0, 3));                                                              // [S, D, K, B]
+    tensor p = ggml_soft_max_ext(ctx, ggml_mul_mat(ctx, k, q), causal ? mask : nullptr, 1.0f / std::sqrt((float) D), 0.0f);   // [S, T, H, B]
     p        = ggml_permute(ctx, ggml_mul_mat(ctx, v, p), 0, 2, 1, 3);                                                        // [D, H, T, B]
     return ggml_reshape_2d(ctx, ggml_cont(ctx, p), D * H, T * B);
 }
 
 tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3], K = k->ne[1];
-    if (!fused) {
-        return plain_attention(q, k, v, causal);
-    }
     if (cache) {
         // append to the cache, then attend over all of it
         const int64_t past = cache->n_past, S = past + T;
@@ -94,6 +101,9 @@ tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
         };
         k = append(k, cache->k[il]);
         v = append(v, cache->v[il]);
+    }
+    if (!fused) {
+        return plain_attention(q, k, v, causal);
     }
     tensor out = ggml_attn(ctx, q, k, v, 1.0f / std::sqrt((float) D), causal);   // [D, H, T, B]
     ggml_attn_set_bf16(out, bf16);

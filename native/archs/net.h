@@ -48,7 +48,7 @@ struct net {
     kv_cache *           cache = nullptr;   // decoding: new keys and values are written into it, as part of gf
     ggml_cgraph *        gf    = nullptr;
     bool                 fused = true;      // with operations that only the cpu has: several in one pass
-    ggml_tensor *        mask  = nullptr;   // not fused: [T, T], 0 and above the diagonal -INFINITY
+    ggml_tensor *        mask  = nullptr;   // not fused: [S, T], -INFINITY where one of T tokens does not see one of S, else 0
     bool                 bf16  = false;     // products of weights and of attention: both sides rounded to bf16, gradients too, sums in f32
 
     // x [in, N] -> [out, N]: `name`.weight, with `name`.bias and an adapter where they exist
@@ -65,6 +65,9 @@ struct net {
     ggml_tensor * plain_attention(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, bool causal) const;
     ggml_tensor * product(ggml_tensor * w, ggml_tensor * x) const;
 };
+
+// A net's mask [S, T]: token i of T is the one behind n_past + i others.
+void set_causal_mask(ggml_tensor * mask, int64_t n_past);
 
 std::string block_name(int il);   // "blk.3."
 

@@ -1,5 +1,6 @@
 #include "decoder.h"
 
+#include "engine/device.h"
 #include "engine/error.h"
 #include "engine/rng.h"
 
@@ -9,20 +10,26 @@
 
 namespace toy {
 
-static constexpr int PREFILL_BATCH = 512;
+static constexpr int    PREFILL_BATCH = 512;
+static constexpr size_t NODES_A_LAYER = 128;
 
 decoder::decoder(std::unique_ptr<model_file> model_, int n_ctx, int n_threads, const std::string & adapter)
     : model(std::move(model_)),
       hp(hparams::from_gguf(model->file)),
       family(arch_of(hp.arch)),
       lora(adapter.empty() ? nullptr : std::make_unique<lora_file>(adapter, model->file)),
-      be("cpu", n_threads) {
+      be(DEVICE, n_threads),
+      memory(be, NODES_A_LAYER * (hp.n_layer + 2)) {
     const std::string & path = model->file.path;
     if (hp.arch == "vit") {
         throw error("bad_flag", EXIT_BAD_INPUT, path + " classifies images: it makes no text", "give images with --image");
     }
     if (hp.arch == "gpt2" && n_ctx > hp.n_ctx) {
         throw error("bad_flag", EXIT_BAD_INPUT, format("%s has %d positions, fewer than %d", path.c_str(), hp.n_ctx, n_ctx), "lower --context");
+    }
+    model->move_to(be.handle);
+    if (lora) {
+        lora->file.move_to(be.handle);
     }
     cache.n_ctx        = n_ctx > 0 ? n_ctx : hp.n_ctx;
     const int64_t n_kv = (int64_t) hp.head_dim * hp.n_head_kv;
@@ -36,14 +43,12 @@ decoder::decoder(std::unique_ptr<model_file> model_, int n_ctx, int n_threads, c
         ggml_free(ctx_cache);
         throw error("oom", EXIT_FAILED, format("cannot allocate a KV cache for %d tokens", cache.n_ctx), "lower --context");
     }
-    galloc                  = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
-    const size_t graph_size = 128 * (hp.n_layer + 2);
+    const size_t graph_size = NODES_A_LAYER * (hp.n_layer + 2);
     graph_mem.resize(graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false));
 }
 
 decoder::~decoder() {
     ggml_free(ctx_graph);
-    ggml_gallocr_free(galloc);
     ggml_backend_buffer_free(buf_cache);
     ggml_free(ctx_cache);
 }
@@ -52,22 +57,27 @@ void decoder::build(int n) {
     n_built = 0;
     ggml_free(ctx_graph);
     ctx_graph    = ggml_init({ graph_mem.size(), graph_mem.data(), /*no_alloc =*/true });
-    graph        = ggml_new_graph_custom(ctx_graph, 128 * (hp.n_layer + 2), false);
+    graph        = ggml_new_graph_custom(ctx_graph, NODES_A_LAYER * (hp.n_layer + 2), false);
     in_tokens    = ggml_new_tensor_1d(ctx_graph, GGML_TYPE_I32, n);
     in_positions = ggml_new_tensor_1d(ctx_graph, GGML_TYPE_I32, n);
-    for (ggml_tensor * t : { in_tokens, in_positions }) {
-        ggml_set_input(t);
+    in_mask      = be.is_cpu() ? nullptr : ggml_new_tensor_2d(ctx_graph, GGML_TYPE_F32, cache.n_past + n, n);
+    for (ggml_tensor * t : { in_tokens, in_positions, in_mask }) {
+        if (t) {
+            ggml_set_input(t);
+        }
     }
     const inputs in = { in_tokens, in_positions, nullptr, /*last_only =*/true };
-    const net    n_ = { ctx_graph, model->lookup(), hp, lora ? &lora->adapter : nullptr, /*f32 =*/false, &cache, graph };
+    net          n_ = { ctx_graph, model->lookup(), hp, lora ? &lora->adapter : nullptr, /*f32 =*/false, &cache, graph };
+    n_.fused        = be.is_cpu();
+    n_.mask         = in_mask;
     cache.begin_graph();
     out = family.forward(n_, in);
     ggml_set_output(out);
     ggml_build_forward_expand(graph, out);
-    if (!ggml_gallocr_alloc_graph(galloc, graph)) {
+    if (!memory.alloc(graph)) {
         throw error("oom", EXIT_FAILED, "out of memory while decoding", "lower --context or use a smaller model");
     }
-    n_built = n;
+    n_built = be.is_cpu() ? n : 0;   // the plain attention of other devices has another size for each token
 }
 
 void decoder::eval_batch(const int32_t * tokens, int n) {
@@ -80,7 +90,10 @@ void decoder::eval_batch(const int32_t * tokens, int n) {
     std::iota(positions.begin(), positions.end(), cache.n_past);
     ggml_backend_tensor_set(in_tokens, tokens, 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(in_positions, positions.data(), 0, n * sizeof(int32_t));
-    be.compute(graph);
+    if (in_mask) {
+        set_causal_mask(in_mask, cache.n_past);
+    }
+    memory.compute(graph);
     logits.resize(hp.n_vocab);
     ggml_backend_tensor_get(out, logits.data(), 0, logits.size() * sizeof(float));
     cache.n_past += n;

@@ -5,7 +5,7 @@
 #include "archs/lora.h"
 #include "engine/backend.h"
 #include "engine/model-file.h"
-#include "ggml-alloc.h"
+#include "engine/placement.h"
 
 #include <memory>
 #include <vector>
@@ -32,15 +32,15 @@ struct decoder {
   private:
     ggml_context *        ctx_cache;
     ggml_backend_buffer_t buf_cache;
-    ggml_gallocr_t        galloc;
+    graph_memory          memory;
     std::vector<uint8_t>  graph_mem;
     std::vector<float>    logits;
 
-    // The graph of the last batch, which the next of as many tokens uses again: an answer builds one.
+    // The graph of the last batch, which on the cpu the next of as many tokens uses again: an answer builds one.
     int            n_built   = 0;   // tokens
     ggml_context * ctx_graph = nullptr;
     ggml_cgraph *  graph;
-    ggml_tensor *  in_tokens, *in_positions, *out;
+    ggml_tensor *  in_tokens, *in_positions, *in_mask, *out;
 
     void build(int n);
     void eval_batch(const int32_t * tokens, int n);

@@ -1,5 +1,6 @@
 #include "scorer.h"
 
+#include "engine/device.h"
 #include "engine/error.h"
 
 #include <algorithm>
@@ -14,20 +15,20 @@ static constexpr size_t COLUMNS       = 128;   // whose logits are there at a ti
 static constexpr size_t PADDED_TO     = 16;    // few columns would be computed another way than many, with other bits
 
 scorer::scorer(const std::string & gguf_path, const std::string & adapter_path, int n_threads)
-    : model(gguf_path), hp(hparams::from_gguf(model.file)), family(arch_of(hp.arch)), be("cpu", n_threads > 0 ? n_threads : usable_cores()) {
+    : model(gguf_path),
+      hp(hparams::from_gguf(model.file)),
+      family(arch_of(hp.arch)),
+      be(DEVICE, n_threads > 0 ? n_threads : usable_cores()),
+      memory(be, NODES_A_LAYER * (hp.n_layer + 2)),
+      memory_head(be, NODES_A_LAYER) {
     if (!adapter_path.empty()) {
         adapter = std::make_unique<lora_file>(adapter_path, model.file);
+        adapter->file.move_to(be.handle);
     }
-    galloc               = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
-    galloc_head          = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
+    model.move_to(be.handle);
     const size_t n_nodes = NODES_A_LAYER * (hp.n_layer + 2);
     graph_mem.resize(n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false));
     head_mem.resize(NODES_A_LAYER * ggml_tensor_overhead() + ggml_graph_overhead_custom(NODES_A_LAYER, false));
-}
-
-scorer::~scorer() {
-    ggml_gallocr_free(galloc_head);
-    ggml_gallocr_free(galloc);
 }
 
 void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const std::vector<float> & patches, bool last_only,
@@ -45,21 +46,24 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     } else {
         in.patches = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, hp.patch_dim(), (int64_t) hp.n_patches() * B);
     }
-    in.last_only = last_only;
-    for (ggml_tensor * t : { in.tokens, in.positions, in.patches }) {
+    in.last_only       = last_only;
+    ggml_tensor * mask = be.is_cpu() || in.patches ? nullptr : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, T, T);
+    for (ggml_tensor * t : { in.tokens, in.positions, in.patches, mask }) {
         if (t) {
             ggml_set_input(t);
         }
     }
-    net n  = { ctx.get(), model.lookup(), hp };
-    n.lora = adapter ? &adapter->adapter : nullptr;
-    n.f32  = false;   // products of quantised weights as the decoder does them
-    n.gf   = gf;
+    net n   = { ctx.get(), model.lookup(), hp };
+    n.lora  = adapter ? &adapter->adapter : nullptr;
+    n.f32   = false;   // products of quantised weights as the decoder does them
+    n.gf    = gf;
+    n.fused = be.is_cpu();
+    n.mask  = mask;
 
     ggml_tensor * hidden = family.hidden(n, in);
     ggml_set_output(hidden);
     ggml_build_forward_expand(gf, hidden);
-    if (!ggml_gallocr_alloc_graph(galloc, gf)) {
+    if (!memory.alloc(gf)) {
         throw error("oom", EXIT_FAILED, "out of memory while scoring", "lower --context or use a smaller model");
     }
     if (patches.empty()) {
@@ -70,7 +74,10 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     } else {
         ggml_backend_tensor_set(in.patches, patches.data(), 0, patches.size() * sizeof(float));
     }
-    be.compute(gf);
+    if (mask) {
+        set_causal_mask(mask, 0);
+    }
+    memory.compute(gf);
     head(hidden, columns, read);
 }
 
@@ -93,11 +100,11 @@ void scorer::head(const ggml_tensor * hidden, const std::vector<int32_t> & colum
         ggml_tensor * logits = net_.linear(family.head(hp), ggml_get_rows(ctx.get(), all, ids));
         ggml_set_output(logits);
         ggml_build_forward_expand(gf, logits);
-        if (!ggml_gallocr_alloc_graph(galloc_head, gf)) {
+        if (!memory_head.alloc(gf)) {
             throw error("oom", EXIT_FAILED, "out of memory while scoring", "lower --context or use a smaller model");
         }
         ggml_backend_tensor_set(ids, picked.data(), 0, ggml_nbytes(ids));
-        be.compute(gf);
+        memory_head.compute(gf);
         read(logits, first, n);
     }
 }
@@ -139,16 +146,17 @@ std::vector<scored> scorer::score(const std::vector<sequence> & sequences) {
     std::vector<double> nll(T * B, 0.0);
     compute((int) T, B, tokens, {}, false, learned, [&](const ggml_tensor * logits, size_t first, size_t n) {
         // each token's own sum is in one thread, so that their number changes nothing
-        const auto part = [&](size_t from) {
+        const int  n_threads = be.is_cpu() ? be.n_threads : 1;
+        const auto part      = [&](size_t from) {
             std::vector<float> row(hp.n_vocab);
-            for (size_t i = from; i < n; i += be.n_threads) {
+            for (size_t i = from; i < n; i += n_threads) {
                 const int32_t at = learned[first + i];
                 ggml_backend_tensor_get(logits, row.data(), i * logits->nb[1], row.size() * sizeof(float));
                 nll[at] = nll_of(row.data(), hp.n_vocab, labels[at]);
             }
         };
         std::vector<std::thread> threads;
-        for (int t = 1; t < be.n_threads; t++) {
+        for (int t = 1; t < n_threads; t++) {
             threads.emplace_back(part, t);
         }
         part(0);

@@ -7,7 +7,7 @@
 #include "engine/corpus.h"
 #include "engine/images.h"
 #include "engine/model-file.h"
-#include "ggml-alloc.h"
+#include "engine/placement.h"
 
 #include <functional>
 #include <memory>
@@ -44,7 +44,6 @@ struct scorer {
 
     // adapter_path empty: none; n_threads 0: the usable cores. Throws toy::error (missing_file, bad_file, not_available).
     scorer(const std::string & gguf_path, const std::string & adapter_path, int n_threads);
-    ~scorer();
     scorer(const scorer &)             = delete;
     scorer & operator=(const scorer &) = delete;
 
@@ -61,7 +60,7 @@ struct scorer {
   private:
     void normalise_as_trained(image_file & images) const;
 
-    ggml_gallocr_t       galloc, galloc_head;
+    graph_memory         memory, memory_head;
     std::vector<uint8_t> graph_mem, head_mem;
 
     using reader = std::function<void(const ggml_tensor * logits, size_t first, size_t n)>;

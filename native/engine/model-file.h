@@ -10,15 +10,15 @@ namespace toy {
 struct model_file {
     gguf_file file;
 
-    // Mapped, unless the device does not compute in this memory. Throws toy::error (missing_file, bad_file, oom).
-    explicit model_file(const std::string & path, ggml_backend_t device = nullptr);
+    explicit model_file(const std::string & path);   // throws toy::error (missing_file, bad_file)
     ~model_file();
+
+    // To where a device computes, if that is not this memory. Throws toy::error (oom).
+    void move_to(ggml_backend_t device);
 
     tensor_lookup lookup() const;
 
   private:
-    void upload(ggml_backend_t device);
-
     void *                map = nullptr;
     ggml_backend_buffer_t buf = nullptr;
 };

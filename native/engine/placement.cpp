@@ -177,4 +177,38 @@ std::string placement::left_to_cpu() const {
     return text;
 }
 
+//
+// graphs that are built anew
+//
+
+graph_memory::graph_memory(backend & be, size_t most_nodes) : be(be) {
+    if (be.is_cpu()) {
+        galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
+        return;
+    }
+    ggml_backend_t backends[] = { be.handle, be.cpu };
+    sched = ggml_backend_sched_new(backends, nullptr, 2, /*and leafs =*/2 * most_nodes, /*parallel =*/false, /*op_offload =*/false);
+}
+
+graph_memory::~graph_memory() {
+    ggml_gallocr_free(galloc);
+    ggml_backend_sched_free(sched);
+}
+
+bool graph_memory::alloc(ggml_cgraph * graph) {
+    if (galloc) {
+        return ggml_gallocr_alloc_graph(galloc, graph);
+    }
+    ggml_backend_sched_reset(sched);
+    return ggml_backend_sched_alloc_graph(sched, graph);
+}
+
+void graph_memory::compute(ggml_cgraph * graph) {
+    if (galloc) {
+        be.compute(graph);
+    } else {
+        check_status(ggml_backend_sched_graph_compute(sched, graph));
+    }
+}
+
 }   // namespace toy

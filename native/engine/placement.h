@@ -11,8 +11,8 @@
 
 namespace toy {
 
-// On the cpu a graph has one buffer, and all is as ggml-alloc left it. With a device ggml's scheduler cuts the graph where the device lacks an
-// operation and carries what is needed across.
+// Of a step, laid out once. On the cpu a graph has one buffer, and all is as ggml-alloc left it. With a device ggml's scheduler cuts the graph where
+// the device lacks an operation and carries what is needed across.
 struct placement {
     // ctx holds every tensor of the graph but the weights and the inputs
     placement(backend & be, ggml_context * ctx);
@@ -47,6 +47,22 @@ struct placement {
     void assign();
     void restore();
     bool place(int n_nodes);
+};
+
+// Of graphs that are built anew for each computation: their memory is kept from one to the next. Inputs are set between alloc() and compute().
+struct graph_memory {
+    graph_memory(backend & be, size_t most_nodes);
+    ~graph_memory();
+    graph_memory(const graph_memory &)             = delete;
+    graph_memory & operator=(const graph_memory &) = delete;
+
+    bool alloc(ggml_cgraph * graph);     // false: out of memory
+    void compute(ggml_cgraph * graph);   // the one of alloc(). Throws toy::error (runner_failed, oom)
+
+  private:
+    backend &            be;
+    ggml_gallocr_t       galloc = nullptr;   // cpu
+    ggml_backend_sched_t sched  = nullptr;   // another device
 };
 
 }   // namespace toy

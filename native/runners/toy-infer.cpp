@@ -1,4 +1,4 @@
-// libexec/toy-infer: decodes from a llama, qwen2 or gpt2 GGUF on the cpu. Token ids in (a file), one `token ID` line out for each one drawn.
+// libexec/toy-infer: decodes from a llama, qwen2 or gpt2 GGUF. Token ids in (a file), one `token ID` line out for each one drawn.
 // With a vit: images in, one `image I CLASS:P …` line out for each.
 #include "decode/decoder.h"
 #include "decode/scorer.h"

@@ -26,9 +26,12 @@ static hparams shape_of(const config & cfg, const model_file * base) {
 session::session(const config & cfg_in, const inputs_lookup & paths, const std::string & device)
     : cfg(cfg_in),
       be(device.empty() ? cfg.run.device : device, cfg.run.threads, cfg.train.offload),
-      base(cfg.run.recipe == "lora" ? std::make_unique<model_file>(paths("GGUF"), be.handle) : nullptr),
+      base(cfg.run.recipe == "lora" ? std::make_unique<model_file>(paths("GGUF")) : nullptr),
       hp(shape_of(cfg, base.get())),
       model(arch_of(hp.arch)) {
+    if (base) {
+        base->move_to(be.handle);
+    }
     declare();
     w.alloc(be.states);
     build_inputs();
@@ -77,11 +80,7 @@ void session::build_inputs() {
         ggml_backend_tensor_set(in.positions, pos.data(), 0, ggml_nbytes(in.positions));
     }
     if (mask) {
-        std::vector<float> above(T * T);
-        for (int64_t i = 0; i < T * T; i++) {
-            above[i] = i % T > i / T ? -INFINITY : 0.0f;
-        }
-        ggml_backend_tensor_set(mask, above.data(), 0, ggml_nbytes(mask));
+        set_causal_mask(mask, 0);
     }
 }
 

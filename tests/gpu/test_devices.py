@@ -90,6 +90,12 @@ def test_a_recipe_learns_what_the_cpu_learns(place: Place, name: str) -> None:
     assert on["losses"] == first["losses"][3:]
     assert on["val_loss"] == first["val_loss"]
     assert weights(on) == weights(first)
+    if name in ("lora-dropout", "vit-tiny"):  # an adapter, and classes
+        scored = [
+            place.toy("eval", first["run_dir"], "--json", "--device", device).ok().document
+            for device in ("cpu", place.device)
+        ]
+        assert scored[1]["loss"] == pytest.approx(scored[0]["loss"], rel=1e-4)
 
 
 def test_a_run_moves_to_another_device(place: Place) -> None:
@@ -99,6 +105,18 @@ def test_a_run_moves_to_another_device(place: Place) -> None:
     assert moved.document["device"] == "cpu"
     rest = [float(x) for x in begun["losses"][3:]]
     assert [float(x) for x in moved.document["losses"]] == pytest.approx(rest, rel=1e-4)
+
+
+def test_answers_are_those_of_the_cpu(place: Place) -> None:
+    words = ("--prompt", "First Citizen: what", "--n", 12, "--temperature", 0, "--logprobs", 2, "--json")
+    for model in ("donor", MIXED):
+        made = [place.toy("infer", model, *words, "--device", device).ok().document for device in ("cpu", place.device)]
+        assert len(made[1]["ids"]) == 12
+        want, got = ([answer["logprobs"][0][k]["logprob"] for k in (0, 1)] for answer in made)
+        # with quantised weights either rounds what they are multiplied with, each in its own way
+        assert got == pytest.approx(want, abs=1e-4 if model == "donor" else 0.05)
+        if model == "donor":
+            assert made[0]["ids"] == made[1]["ids"]
 
 
 def test_what_the_device_lacks_is_said_once(place: Place) -> None:

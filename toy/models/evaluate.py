@@ -52,7 +52,7 @@ def target(card: Card, device: str = "cpu") -> str:
     from toy.models import generate
 
     generate.target(card, device)
-    return recipes.EVAL[card.architecture]
+    return recipes.tool_on(recipes.EVAL[card.architecture], device)
 
 
 def check(subject: Subject) -> None:
@@ -68,7 +68,7 @@ def check(subject: Subject) -> None:
 
 def run(subject: Subject, keys: dict[str, object], take: Callable[[list[str]], None]) -> float:
     """Run `toy-eval`, each line of its output split into words and given to `take`; the seconds it took."""
-    from toy import runners
+    from toy import recipes, runners
 
     runner = target(subject.card, subject.device)
     check(subject)
@@ -80,7 +80,9 @@ def run(subject: Subject, keys: dict[str, object], take: Callable[[list[str]], N
         **({"ADAPTER": os.fspath(subject.adapter.path.absolute())} if subject.adapter else {}),
         **keys,
     }
-    result = runners.launch(runner, runners.environment(env, subject.device), on_stdout=lambda line: take(line.split()))
+    result = runners.launch(
+        runner, runners.environment(env, recipes.RUNNERS[runner]), on_stdout=lambda line: take(line.split())
+    )
     failed = result.error()
     if failed is not None:
         raise failed

@@ -50,13 +50,7 @@ def target(card: cards.Card, device: str = "cpu") -> str:
             f"{card.path} is of the architecture {card.architecture!r}, which toy does not run",
             f"toy infer runs: {known}",
         )
-    places = (*recipes.DEVICES, recipes.AUTO)
-    if device not in places:
-        raise ToyError("bad_flag", f"unknown device {device!r}", f"known: {', '.join(places)}")
-    if device not in (recipes.RUNNERS[runner], recipes.AUTO):
-        reason = recipes.device_reason(device) or f"toy infer does not run on {device} yet"
-        raise ToyError("not_available", reason, f"--device {recipes.RUNNERS[runner]} works now")
-    return runner
+    return recipes.tool_on(runner, device)
 
 
 def generate(
@@ -79,7 +73,7 @@ def generate(
     LoRA over the model, which `adapters.check` has found to fit.
     Raises ToyError.
     """
-    from toy import runners
+    from toy import recipes, runners
 
     runner = target(card, device)
     window = check_prompt(card, prompt, context)
@@ -117,7 +111,8 @@ def generate(
             "LOGPROBS": logprobs,
             **({"ADAPTER": os.fspath(adapter.path.absolute())} if adapter else {}),
         }
-        result = runners.launch(runner, runners.environment(keys, device), on_stdout=line, on_stderr=last_words.append)
+        env = runners.environment(keys, recipes.RUNNERS[runner])
+        result = runners.launch(runner, env, on_stdout=line, on_stderr=last_words.append)
     failed = result.error()
     if failed is not None:
         raise failed
@@ -159,7 +154,7 @@ def classify(
     card: cards.Card, images: Sequence[str | Path], top: int, *, threads: int = 0, device: str = "cpu"
 ) -> list[list[tuple[str, float]]]:
     """For each image file the likeliest classes of a vit with their probabilities, best first. Raises ToyError."""
-    from toy import corpora, runners
+    from toy import corpora, recipes, runners
 
     runner = target(card, device)
     seen = cards.vision(card)
@@ -181,7 +176,7 @@ def classify(
             "TOP_K": min(top, len(seen["classes"])),
             "THREADS": threads,
         }
-        failed = runners.launch(runner, runners.environment(keys, device), on_stdout=line).error()
+        failed = runners.launch(runner, runners.environment(keys, recipes.RUNNERS[runner]), on_stdout=line).error()
     if failed is not None:
         raise failed
     return found
