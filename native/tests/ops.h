@@ -66,7 +66,7 @@ inline float get(const ggml_tensor * t, int64_t i0, int64_t i1 = 0, int64_t i2 =
 
 // Memory for tensors, full of NaN where nothing has been put: what is read before it is written shows
 struct context {
-    inline static const size_t n_bytes = 256 * 1024 * 1024;
+    inline static const size_t n_bytes = 320 * 1024 * 1024;
 
     struct freed {
         void operator()(void * p) const { free(p); }
