@@ -20,10 +20,12 @@ static void llama_declare(const hparams & hp, float std, weights & w) {
         w.add_matrix(b + "attn_k.weight", C, n_kv, init::normal(std));
         w.add_matrix(b + "attn_v.weight", C, n_kv, init::normal(std));
         w.add_matrix(b + "attn_output.weight", n_q, C, init::normal(std_res));
+        w.join(b + "attn_qkv.weight", { b + "attn_q.weight", b + "attn_k.weight", b + "attn_v.weight" });
         w.add_vector(b + "ffn_norm.weight", C, init::ones());
         w.add_matrix(b + "ffn_gate.weight", C, F, init::normal(std));
         w.add_matrix(b + "ffn_up.weight", C, F, init::normal(std));
         w.add_matrix(b + "ffn_down.weight", F, C, init::normal(std_res));
+        w.join(b + "ffn_gate_up.weight", { b + "ffn_gate.weight", b + "ffn_up.weight" });
     }
     w.add_vector("output_norm.weight", C, init::ones());
     if (!hp.tied) {
@@ -38,10 +40,36 @@ static tensor rope(const net & n, tensor x, tensor positions) {
     return ggml_rope_ext(n.ctx, x, positions, factors, hp.n_rot, hp.rope_type, hp.n_ctx, hp.rope_freq_base, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f);
 }
 
+// x [C, T*B] -> [D*H, T*B]
+static tensor attention(const net & n, int il, tensor x, tensor positions) {
+    const std::string b   = block_name(il);
+    ggml_context *    ctx = n.ctx;
+    const int64_t     D = n.hp.head_dim, H = n.hp.n_head, K = n.hp.n_head_kv, T = positions->ne[0], B = x->ne[1] / T;
+    if (n.get(b + "attn_qkv.weight")) {   // joined, in training
+        tensor qkv = rope(n, ggml_reshape_4d(ctx, n.linear(b + "attn_qkv", x), D, H + 2 * K, T, B), positions);
+        ggml_rope_set_heads(qkv, (int) (H + K));
+        return n.attention_qkv(il, qkv, T, /*causal =*/true);
+    }
+    tensor q = rope(n, ggml_reshape_4d(ctx, n.linear(b + "attn_q", x), D, H, T, B), positions);
+    tensor k = rope(n, ggml_reshape_4d(ctx, n.linear(b + "attn_k", x), D, K, T, B), positions);
+    tensor v = ggml_reshape_4d(ctx, n.linear(b + "attn_v", x), D, K, T, B);
+    return n.attention(il, q, k, v, /*causal =*/true);
+}
+
+// x [C, N] -> SwiGLU of it, [F, N]
+static tensor gated(const net & n, int il, tensor x) {
+    const std::string b = block_name(il);
+    if (n.get(b + "ffn_gate_up.weight")) {                           // joined, in training
+        return ggml_swiglu(n.ctx, n.linear(b + "ffn_gate_up", x));   // of [2F, N]
+    }
+    tensor gate = n.linear(b + "ffn_gate", x), up = n.linear(b + "ffn_up", x);
+    return ggml_swiglu_split(n.ctx, gate, up);
+}
+
 static tensor llama_hidden(const net & n, const inputs & in) {
     const hparams & hp  = n.hp;
     ggml_context *  ctx = n.ctx;
-    const int64_t   D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv, T = in.positions->ne[0], B = in.tokens->ne[0] / T;
+    const int64_t   T = in.positions->ne[0], B = in.tokens->ne[0] / T;
 
     tensor x = ggml_get_rows(ctx, n.get("token_embd.weight"), in.tokens);   // [C, T*B]
     ggml_set_name(x, "embeddings");
@@ -49,15 +77,11 @@ static tensor llama_hidden(const net & n, const inputs & in) {
         const std::string b = block_name(il);
 
         tensor h = n.rms_norm(b + "attn_norm", x);
-        tensor q = rope(n, ggml_reshape_4d(ctx, n.linear(b + "attn_q", h), D, H, T, B), in.positions);
-        tensor k = rope(n, ggml_reshape_4d(ctx, n.linear(b + "attn_k", h), D, K, T, B), in.positions);
-        tensor v = ggml_reshape_4d(ctx, n.linear(b + "attn_v", h), D, K, T, B);
-        x        = ggml_add(ctx, x, n.linear(b + "attn_output", n.attention(il, q, k, v, /*causal =*/true)));
+        x        = ggml_add(ctx, x, n.linear(b + "attn_output", attention(n, il, h, in.positions)));
         ggml_format_name(x, "blk.%d.attn_residual", il);
 
-        h           = n.rms_norm(b + "ffn_norm", x);
-        tensor gate = n.linear(b + "ffn_gate", h), up = n.linear(b + "ffn_up", h);   // [F, T*B]
-        x = ggml_add(ctx, x, n.linear(b + "ffn_down", ggml_swiglu_split(ctx, gate, up)));
+        h = n.rms_norm(b + "ffn_norm", x);
+        x = ggml_add(ctx, x, n.linear(b + "ffn_down", gated(n, il, h)));
         ggml_format_name(x, "blk.%d.ffn_residual", il);
     }
     if (in.last_only) {

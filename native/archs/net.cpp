@@ -111,7 +111,7 @@ tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
 }
 
 tensor net::attention_qkv(int il, tensor qkv, int64_t T, bool causal) const {
-    const int64_t D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv, B = qkv->ne[1] / T;
+    const int64_t D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv, B = ggml_nelements(qkv) / (D * (H + 2 * K) * T);
     qkv = ggml_reshape_4d(ctx, qkv, D, H + 2 * K, T, B);
     if (cache || !fused) {
         const auto heads = [&](int64_t first, int64_t n) {

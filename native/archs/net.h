@@ -58,7 +58,7 @@ struct net {
     ggml_tensor * layer_norm(const std::string & name, ggml_tensor * x) const;
     // q [D, H, T, B], k and v [D, K, T, B] -> [D*H, T*B]; grouped queries: each key head serves H/K of them. causal: no token sees a later one
     ggml_tensor * attention(int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, bool causal) const;
-    // the same of one product: qkv [D*(H + 2*K), T*B], the heads of q, then those of k, then those of v
+    // the same of one product: qkv with rows of D*(H + 2*K), the heads of q, then those of k, then those of v
     ggml_tensor * attention_qkv(int il, ggml_tensor * qkv, int64_t T, bool causal) const;
 
   private:

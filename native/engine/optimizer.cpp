@@ -30,8 +30,8 @@ double learning_rate(const config & cfg, int step) {
     return hi;
 }
 
-adamw::adamw(const config & cfg, const weights & w, backend & be) : cfg(cfg), be(be) {
-    const size_t n          = w.params.size();
+adamw::adamw(const config & cfg, const weights & w, backend & be) : cfg(cfg), w(w), be(be) {
+    const size_t n          = w.trained.size();
     const size_t graph_size = 4 * n + 16;
     ctx                     = ggml_init(
         { /*mem_size =*/(4 * n + 32) * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false), nullptr, /*no_alloc =*/true });
@@ -41,11 +41,7 @@ adamw::adamw(const config & cfg, const weights & w, backend & be) : cfg(cfg), be
         }
     }
     graph = ggml_new_graph_custom(ctx, graph_size, false);
-    for (const param & p : w.params) {
-        if (p.frozen) {
-            continue;
-        }
-        trained.push_back(&p);
+    for (const param & p : w.trained) {
         ggml_build_forward_expand(graph, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.embedding][p.decay]));
     }
     buf = ggml_backend_alloc_ctx_tensors(ctx, be.states);
@@ -66,10 +62,14 @@ double adamw::grad_norm(const std::vector<ggml_tensor *> & squares, const param 
     *first_bad = nullptr;
     if (!std::isfinite(sum)) {
         std::vector<float> g;
-        for (size_t i = 0; i < trained.size() && !*first_bad; i++) {
-            g.resize(ggml_nelements(trained[i]->g));
-            ggml_backend_tensor_get(trained[i]->g, g.data(), 0, ggml_nbytes(trained[i]->g));
-            *first_bad = std::all_of(g.begin(), g.end(), [](float x) { return std::isfinite(x); }) ? nullptr : trained[i];
+        for (size_t i = 0; i < w.params.size() && !*first_bad; i++) {
+            const param & p = w.params[i];
+            if (p.frozen) {
+                continue;
+            }
+            g.resize(ggml_nelements(p.g));
+            ggml_backend_tensor_get(p.g, g.data(), 0, ggml_nbytes(p.g));
+            *first_bad = std::all_of(g.begin(), g.end(), [](float x) { return std::isfinite(x); }) ? nullptr : &p;
         }
     }
     return std::sqrt(sum);

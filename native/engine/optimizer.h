@@ -30,14 +30,14 @@ struct adamw {
     size_t bytes() const;
 
   private:
-    const config & cfg;
-    backend &      be;
+    const config &  cfg;
+    const weights & w;
+    backend &       be;
 
-    ggml_context *             ctx;
-    ggml_backend_buffer_t      buf;
-    std::vector<const param *> trained;       // those that are not frozen
-    ggml_tensor *              hyper[2][2];   // [8]; of the embeddings or not; with weight decay or not
-    ggml_cgraph *              graph;
+    ggml_context *        ctx;
+    ggml_backend_buffer_t buf;
+    ggml_tensor *         hyper[2][2];   // [8]; of the embeddings or not; with weight decay or not
+    ggml_cgraph *         graph;
 };
 
 }   // namespace toy

@@ -50,11 +50,21 @@ void weights::add_vector(const std::string & name, int64_t ne0, init start) {
     add(name, ggml_new_tensor_1d(ctx[0], GGML_TYPE_F32, ne0), start);
 }
 
+void weights::join(const std::string & name, const std::vector<std::string> & parts) {
+    joints.push_back({ name, parts });
+}
+
+void weights::join_none() {
+    joints.clear();
+}
+
 tensor_lookup weights::lookup() const {
     return [this](const std::string & name) -> ggml_tensor * {
-        for (const param & p : params) {
-            if (p.name == name) {
-                return p.w;
+        for (const std::vector<param> * all : { &params, &trained }) {
+            for (const param & p : *all) {
+                if (p.name == name) {
+                    return p.w;
+                }
             }
         }
         return nullptr;
@@ -98,9 +108,11 @@ void weights::alloc(ggml_backend_t backend) {
         }
         p.g = ggml_dup_tensor(ctx[1], p.w);
         p.m = ggml_dup_tensor(ctx[2], p.w);
-        p.v = ggml_dup_tensor(ctx[2], p.w);
         ggml_format_name(p.g, "grad:%s", p.name.c_str());
         ggml_set_param(p.w);
+    }
+    for (param & p : params) {
+        p.v = p.frozen ? nullptr : ggml_dup_tensor(ctx[2], p.w);
     }
     for (int i = 0; i < 3; i++) {
         buf[i] = ggml_backend_alloc_ctx_tensors(ctx[i], backend);
@@ -117,6 +129,54 @@ void weights::alloc(ggml_backend_t backend) {
     }
     ggml_backend_buffer_set_usage(buf[0], GGML_BACKEND_BUFFER_USAGE_WEIGHTS);   // no graph writes them: see placement
     join_gradients();
+    for (size_t i = 0; i < params.size(); i++) {
+        const auto j = std::find_if(joints.begin(), joints.end(), [&](const joint & x) { return x.parts.front() == params[i].name; });
+        if (j != joints.end() && can_join(*j, i)) {
+            trained.push_back(joined(*j, i));
+            i += j->parts.size() - 1;
+        } else if (!params[i].frozen) {
+            trained.push_back(params[i]);
+        }
+    }
+}
+
+bool weights::can_join(const joint & j, size_t first) const {
+    const auto follows = [](const ggml_tensor * a, const ggml_tensor * b) {
+        return a->buffer == b->buffer && (const char *) b->data == (const char *) a->data + ggml_nbytes(a) && a->ne[0] == b->ne[0];
+    };
+    for (size_t k = 0; k < j.parts.size(); k++) {
+        if (first + k >= params.size() || params[first + k].name != j.parts[k] || params[first + k].frozen) {
+            return false;
+        }
+        const param &b = params[first + k], &a = params[first + k - (k > 0)];
+        if (k > 0 && !(follows(a.w, b.w) && follows(a.g, b.g) && follows(a.m, b.m) && follows(a.v, b.v) && a.decay == b.decay)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// The same memory once more, as one parameter.
+param weights::joined(const joint & j, size_t first) {
+    param   whole = params[first];
+    int64_t rows  = 0;
+    for (size_t k = 0; k < j.parts.size(); k++) {
+        rows += params[first + k].w->ne[1];
+    }
+    const auto over = [&](ggml_context * c, const ggml_tensor * part) {
+        ggml_tensor * t = ggml_new_tensor_2d(c, GGML_TYPE_F32, part->ne[0], rows);
+        ggml_backend_tensor_alloc(part->buffer, t, part->data);
+        return t;
+    };
+    whole.name = j.name;
+    whole.w    = over(ctx[0], whole.w);
+    whole.g    = over(ctx[1], whole.g);
+    whole.m    = over(ctx[2], whole.m);
+    whole.v    = over(ctx[2], whole.v);
+    ggml_set_name(whole.w, j.name.c_str());
+    ggml_format_name(whole.g, "grad:%s", j.name.c_str());
+    ggml_set_param(whole.w);
+    return whole;
 }
 
 // They lie one after the other in their buffer. The few bytes between two of them become zeros, and stay so.

@@ -40,6 +40,7 @@ struct param {
 
 struct weights {
     std::vector<param> params;                // in forward order
+    std::vector<param> trained;               // those that are not frozen, joined where they can be: what graphs and the optimizer see
     ggml_tensor *      gradients = nullptr;   // all of them as one row, with zeros between: what is summed over all is summed at once
 
     weights();
@@ -49,6 +50,10 @@ struct weights {
 
     void          add_matrix(const std::string & name, int64_t ne0, int64_t ne1, init start);
     void          add_vector(const std::string & name, int64_t ne0, init start);
+    // Neighbours of equal width that one product may take as one matrix, `name`. Before alloc(): after it lookup() finds it, unless one is frozen
+    // or they do not lie one right after the other.
+    void          join(const std::string & name, const std::vector<std::string> & parts);
+    void          join_none();
     tensor_lookup lookup() const;
 
     // Freezes every tensor whose name fits one of the comma-separated patterns (* and ?). Before alloc().
@@ -63,11 +68,19 @@ struct weights {
     size_t  bytes_weights() const, bytes_gradients() const, bytes_moments() const;
 
   private:
+    struct joint {
+        std::string              name;
+        std::vector<std::string> parts;
+    };
+
     ggml_context *        ctx[3];   // weights, gradients, moments
     ggml_backend_buffer_t buf[3] = {};
+    std::vector<joint>    joints;
 
-    void add(const std::string & name, ggml_tensor * w, init start);
-    void join_gradients();
+    void  add(const std::string & name, ggml_tensor * w, init start);
+    void  join_gradients();
+    bool  can_join(const joint & j, size_t first) const;
+    param joined(const joint & j, size_t first);
 };
 
 // Copies tensors of a GGUF, dequantised to f32, into those of the same name; `wanted` picks the names.

@@ -83,6 +83,57 @@ static void test_rope() {
     }
 }
 
+// Of the first heads only: the bytes of a rotation of them all there, those of the source elsewhere.
+static void test_rope_heads() {
+    const std::vector<int32_t> positions = { 0, 1, 2, 77, 4095 };
+    for (int64_t d : { 2, 16, 18, 64 }) {
+        for (int n_heads : { 1, 3, 4, 0 }) {
+            for (bool back : { false, true }) {
+                const std::string name = "rope d=" + std::to_string(d) + " of " + std::to_string(n_heads) + " heads" + (back ? " back" : "");
+                context           ctx;
+                const int64_t     H = 4, T = (int64_t) positions.size(), B = 2;
+                ggml_tensor *     all  = new_f32(ctx, { d, H + 1, T, B });   // rows with gaps
+                ggml_tensor *     x    = ggml_view_4d(ctx, all, d, H, T, B, all->nb[1], all->nb[2], all->nb[3], 0);
+                ggml_tensor *     pos  = new_i32(ctx, positions);
+                const auto        rope = [&](ggml_tensor * x) {
+                    return back ? ggml_rope_ext_back(ctx, x, pos, nullptr, (int) d, 0, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f)
+                                : ggml_rope_ext(ctx, x, pos, nullptr, (int) d, 0, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f);
+                };
+                std::vector<float> want = run(ctx, rope(x), name);
+                for (int64_t i = 0; i < (int64_t) want.size(); ++i) {
+                    const int64_t i1 = i / d % H;
+                    want[i]          = n_heads && i1 >= n_heads ? get(x, i % d, i1, i / d / H % T, i / d / H / T) : want[i];
+                }
+                ggml_tensor * y = rope(x);
+                ggml_rope_set_heads(y, n_heads);
+                check(run(ctx, y, name) == want, name);
+
+                // in place, from a copy
+                ggml_tensor * copy  = new_f32(ctx, { d, H, T, B });
+                ggml_tensor * place = rope(copy);
+                ggml_rope_set_heads(place, n_heads);
+                place->data = copy->data;
+                for (int n_threads : { 1, 2, 3 }) {
+                    for (int64_t i = 0; i < ggml_nelements(copy); ++i) {
+                        ggml_get_data_f32(copy)[i] = get(x, i % d, i / d % H, i / d / H % T, i / d / H / T);
+                    }
+                    compute(graph_of(ctx, place), n_threads);
+                    check(values_of(copy) == want, name + " in place, " + std::to_string(n_threads) + " threads");
+                }
+            }
+        }
+    }
+    check_gradients(
+        "rope of some heads",
+        [&](ggml_context * ctx) {
+            ggml_tensor * x = new_f32(ctx, { 18, 4, (int64_t) positions.size(), 2 });
+            ggml_tensor * y = ggml_rope_ext(ctx, x, new_i32(ctx, positions), nullptr, 18, 0, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f);
+            ggml_rope_set_heads(y, 3);
+            return function{ y, { x } };
+        },
+        0.5f, 1e-5);
+}
+
 // A thread keeps sines: they have to be those of the positions and parameters at hand, whatever came before.
 static void test_rope_kept_sines() {
     struct call {
@@ -176,6 +227,43 @@ static void test_swiglu_back() {
         [](ggml_context * ctx) {
             ggml_tensor * x = new_f32(ctx, { 37, 3 }, 3.0f);
             return function{ ggml_swiglu_split(ctx, x, x), { x } };
+        },
+        1e-2f, 1e-3);
+}
+
+// Both in one row, as one product gives them: the bytes of the split form, also in their place.
+static void test_swiglu_halves() {
+    for (int64_t n : { 1, 7, 16, 17, 333 }) {
+        const std::string        name = "swiglu_back of halves n=" + std::to_string(n);
+        context                  ctx;
+        ggml_tensor *            x     = new_f32(ctx, { n, 5, 3, 2 }, 20.0f);
+        ggml_tensor *            g     = new_f32(ctx, { n, 5, 3, 2 });
+        ggml_tensor *            dy    = new_f32(ctx, { n, 5, 3, 2 });
+        ggml_tensor *            wide  = new_f32(ctx, { 2 * n + 3, 5, 3, 2 });   // rows with gaps
+        ggml_tensor *            xg    = ggml_view_4d(ctx, wide, 2 * n, 5, 3, 2, wide->nb[1], wide->nb[2], wide->nb[3], sizeof(float));
+        ggml_tensor *            tight = new_f32(ctx, { 2 * n, 5, 3, 2 });
+        const std::vector<float> split = run(ctx, ggml_swiglu_back(ctx, dy, x, g), name);
+        std::vector<float>       want, before;
+        for (int64_t i = 0; i < 2 * ggml_nelements(g); ++i) {
+            const int64_t i0 = i % (2 * n), ir = i / (2 * n), i1 = ir % 5, i2 = ir / 5 % 3, i3 = ir / 15;
+            before.push_back(i0 < n ? get(x, i0, i1, i2, i3) : get(g, i0 - n, i1, i2, i3));
+            want.push_back(split[i0 < n ? ir * n + i0 : ggml_nelements(g) + ir * n + i0 - n]);
+            ((float *) ((char *) xg->data + i1 * xg->nb[1] + i2 * xg->nb[2] + i3 * xg->nb[3]))[i0] = before.back();
+        }
+        check(run(ctx, ggml_swiglu_back(ctx, dy, xg, nullptr), name) == want, name);
+        ggml_tensor * place = ggml_swiglu_back(ctx, dy, tight, nullptr);
+        place->data         = tight->data;
+        for (int n_threads : { 1, 2, 3 }) {
+            memcpy(tight->data, before.data(), ggml_nbytes(tight));
+            compute(graph_of(ctx, place), n_threads);
+            check(values_of(tight) == want, name + ", in place, " + std::to_string(n_threads) + " threads");
+        }
+    }
+    check_gradients(
+        "swiglu of halves, in a chain",
+        [](ggml_context * ctx) {
+            ggml_tensor * x = new_f32(ctx, { 74, 3, 2 }, 2.0f);
+            return function{ ggml_silu(ctx, ggml_swiglu(ctx, ggml_scale(ctx, x, 2.0f))), { x } };
         },
         1e-2f, 1e-3);
 }
@@ -306,5 +394,7 @@ int main() {
     test_get_rows_back();
     test_adamw_of_many();
     test_adamw_then_read();
+    test_rope_heads();
+    test_swiglu_halves();
     return summary("test-elementwise");
 }

@@ -53,6 +53,9 @@ void session::declare() {
         model.declare(hp, cfg.model.init_std, w);
     }
     w.freeze(cfg.train.freeze);
+    if (!fused()) {
+        w.join_none();   // what follows a joined product is fused too
+    }
 }
 
 // Inputs live outside the graph's buffer: positions are written once and stay.
@@ -133,7 +136,7 @@ void session::build_step() {
     std::vector<ggml_tensor *> grad_accs(n_forward, nullptr);
     for (int i = 0; i < n_forward; i++) {
         ggml_tensor * node = ggml_graph_node(graph, i);
-        for (const param & p : w.params) {
+        for (const param & p : w.trained) {
             if (node == p.w) {
                 grad_accs[i] = p.g;
             }
@@ -162,10 +165,7 @@ static bool takes(const ggml_tensor * node, const ggml_tensor * t) {
 }
 
 void session::find_first_sums() {
-    for (const param & p : w.params) {
-        if (p.frozen) {
-            continue;
-        }
+    for (const param & p : w.trained) {
         int i = n_forward - 1;   // the loss may make the gradient of the head
         while (i < ggml_graph_n_nodes(graph) && !takes(ggml_graph_node(graph, i), p.g)) {
             i++;
@@ -199,9 +199,9 @@ ggml_cgraph * session::with_squares(ggml_cgraph * old) {
         return squares.back();
     };
     size_t done = 0;   // bytes of the row of all gradients
-    for (const param & p : w.params) {
+    for (const param & p : w.trained) {
         const auto it = last.find(p.g);
-        if (p.frozen || it == last.end() || ggml_nbytes(p.g) < large) {
+        if (it == last.end() || ggml_nbytes(p.g) < large) {
             continue;
         }
         const size_t at = (size_t) ((char *) p.g->data - (char *) w.gradients->data);
