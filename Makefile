@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PLAY   := playground
 SANITIZERS ?= address,undefined thread
 
-.PHONY: setup train test test-slow sanitize bench gate lint format clean
+.PHONY: setup train test test-slow test-vulkan test-metal sanitize bench gate lint format clean
 
 setup: $(VENV)/.setup ## .venv with the `toy` command in it
 
@@ -31,6 +31,10 @@ test: $(VENV)/.test ## everything but the long runs
 
 test-slow: $(VENV)/.test ## the long runs: published losses
 	$(BIN)/python -m pytest -m slow tests/slow
+
+test-vulkan test-metal: test-%: $(VENV)/.test ## every recipe on a device, against the cpu: what to run on a machine that has one
+	$(BIN)/toy install --device $*
+	$(BIN)/python -m pytest tests/gpu -k $*
 
 # each in a source of its own that links to this one (TOY_HOME), with its own build/ and libexec/
 sanitize: $(VENV)/.test ## the native tests, and each recipe's runner, under the address, undefined-behaviour and thread sanitizers

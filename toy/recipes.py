@@ -87,7 +87,7 @@ def on_device(target: str, device: str) -> str:
 
 
 #: Devices with a runner for each of the above, of the same sources, and what they compute in.
-_ALSO_ON = {"vulkan": ("f32",)}
+_ALSO_ON = {"vulkan": ("f32",), "metal": ("f32",)}
 
 #: What can be trained now. Adding an architecture, a device or a recipe adds a row.
 MATRIX: tuple[Row, ...] = (
@@ -178,7 +178,7 @@ def auto_device(recipe: str, dtype: str) -> tuple[str, str]:
     passed: list[str] = []
     for device in DEVICES:
         rows = [row for row in MATRIX if (row.recipe, row.device) == (recipe, device)]
-        reason = device_reason(device) or _software(device)
+        reason = device_reason(device) or _passed_over(device)
         if not reason and not rows:
             reason = f"{recipe} cannot run on {device} yet"
         if not reason and all(dtype not in row.dtypes for row in rows):
@@ -195,7 +195,7 @@ def tool_on(target: str, device: str) -> str:
         raise ToyError("bad_flag", f"unknown device {device!r}", f"known: {', '.join((*DEVICES, AUTO))}")
     if device == AUTO:
         there = (place for place in DEVICES if on_device(target, place) in RUNNERS)
-        device = next(place for place in there if not (device_reason(place) or _software(place)))
+        device = next(place for place in there if not (device_reason(place) or _passed_over(place)))
     if reason := device_reason(device):
         raise ToyError("not_available", reason, DEVICE_HINTS.get(device, ""))
     if on_device(target, device) not in RUNNERS:
@@ -203,8 +203,10 @@ def tool_on(target: str, device: str) -> str:
     return on_device(target, device)
 
 
-def _software(device: str) -> str:
-    """Whether a device that may be used is only made of software, slower than the cpu's own runner."""
+def _passed_over(device: str) -> str:
+    """Why a device that can be used is not the best one all the same."""
+    if device == "metal":
+        return "metal leaves half of a step to the cpu"
     if device != "vulkan":
         return ""
     from toy import devices
@@ -236,7 +238,7 @@ def select(recipe: str, arch: str, device: str) -> Row:
     if (recipe, arch) in NONSENSE:
         why, hint = NONSENSE[recipe, arch]
         raise ToyError("not_available", f"{recipe} cannot train {arch}: {why}", hint)
-    have = "; ".join(f"{row.recipe} with {row.arch} on {row.device}" for row in MATRIX)
+    have = "; ".join(f"{row.recipe} with {row.arch} on {row.device}" for row in MATRIX if row.device == "cpu")
     hint = f"this toy trains: {have}"
     if device != "cpu" and (reason := device_reason(device)):
         raise ToyError("not_available", reason, DEVICE_HINTS.get(device, hint))

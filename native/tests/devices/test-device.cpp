@@ -21,6 +21,11 @@ static tensor f32(ggml_context * ctx, std::vector<tensor> & sources, std::vector
     return sources.back();
 }
 
+static tensor typed(ggml_context * ctx, std::vector<tensor> & sources, ggml_type type, std::vector<int64_t> ne) {
+    sources.push_back(ggml_new_tensor(ctx, type, (int) ne.size(), ne.data()));
+    return sources.back();
+}
+
 static tensor i32(ggml_context * ctx, std::vector<tensor> & sources, int64_t n) {
     sources.push_back(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n));
     return sources.back();
@@ -43,7 +48,15 @@ static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
             for (float & v : x) {
                 v = rng_uniform();
             }
-            ggml_backend_tensor_set(t, t->type == GGML_TYPE_I32 ? (const void *) c.ids.data() : x.data(), 0, ggml_nbytes(t));
+            std::vector<uint8_t> stored(ggml_nbytes(t));
+            if (t->type == GGML_TYPE_I32) {
+                memcpy(stored.data(), c.ids.data(), stored.size());
+            } else if (t->type == GGML_TYPE_F32) {
+                memcpy(stored.data(), x.data(), stored.size());
+            } else {
+                ggml_quantize_chunk(t->type, x.data(), stored.data(), 0, ggml_nrows(t), t->ne[0], nullptr);
+            }
+            ggml_backend_tensor_set(t, stored.data(), 0, stored.size());
         }
         if (c.name.rfind("adamw", 0) == 0) {   // moments of squares are none below zero
             const std::vector<float> v(ggml_nelements(sources[3]), 0.25f), h = { 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, 1.5f, 2.5f, 0.5f };
@@ -110,6 +123,25 @@ static std::vector<op_case> cases() {
             }
         }
     }
+    for (const int64_t terms : { 3, 70 }) {
+        all.push_back({ "out_prod of a batch, broadcast", [=](ggml_context * ctx, std::vector<tensor> & s) {
+                           tensor a = f32(ctx, s, { 67, terms, 2, 3 }), b = f32(ctx, s, { 65, terms, 4, 3 });
+                           return ggml_out_prod(ctx, a, b);
+                       } });
+        all.push_back({ "out_prod of a view and a transposed matrix", [=](ggml_context * ctx, std::vector<tensor> & s) {
+                           tensor a = f32(ctx, s, { 31, 5, terms }), b = f32(ctx, s, { terms, 130 });
+                           return ggml_out_prod(ctx, ggml_view_2d(ctx, a, 31, terms, a->nb[2], a->nb[1]), ggml_transpose(ctx, b));
+                       } });
+        for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0,
+                                      GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K }) {
+            all.push_back({ format("out_prod of %s, %lld terms", ggml_type_name(type), (long long) terms),
+                            [=](ggml_context * ctx, std::vector<tensor> & s) {
+                                tensor w = typed(ctx, s, type, { ggml_blck_size(type) == 1 ? 77 : ggml_blck_size(type) * 3, terms });
+                                return ggml_out_prod(ctx, w, ggml_transpose(ctx, f32(ctx, s, { terms, 45 })));
+                            },
+                            1e-5 });
+        }
+    }
     std::vector<int32_t> ids(37);
     for (size_t i = 0; i < ids.size(); i++) {
         ids[i] = (int32_t) (i * 7 % 11);
@@ -121,6 +153,15 @@ static std::vector<op_case> cases() {
                             return set(ggml_get_rows_back_acc(ctx, acc, dy, i32(ctx, s, 37)), first);
                         },
                         2e-6, ids });
+    }
+    for (const float p : { 0.1f, 0.75f }) {
+        all.push_back({ "dropout",
+                        [=](ggml_context * ctx, std::vector<tensor> & s) {
+                            tensor x = f32(ctx, s, { 77, 5, 3 });
+                            return ggml_dropout(ctx, x, typed(ctx, s, GGML_TYPE_I32, { 2, 3 }), p, 0x7eadbeef);
+                        },
+                        0,
+                        { 5, -77, -1, 3, 123456789, 42 } });   // a sequence that keeps everything
     }
     ids[3] = ids[36] = -1;   // masked
     for (const int64_t n_vocab : { 11, 300, 5001 }) {
