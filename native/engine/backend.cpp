@@ -9,6 +9,7 @@
 #include <unistd.h>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <thread>
 #ifdef __linux__
 #include <sched.h>
@@ -55,7 +56,11 @@ backend::backend(const std::string & device, int n_threads, bool offload) : n_th
 
 backend::~backend() {
     if (!is_cpu()) {
-        ggml_backend_free(handle);
+        try {
+            ggml_backend_free(handle);
+        } catch (const std::exception &) {
+            // a device that was lost: whoever computed there has been told
+        }
     }
     ggml_backend_free(cpu);
     ggml_threadpool_free(pool);

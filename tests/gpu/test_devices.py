@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,8 @@ from toy import devices, recipes, runners
 
 #: A device made of software has to be named.
 VISIBLE = {devices.VISIBLE: os.environ.get(devices.VISIBLE, "0")}
+#: Devices that have to be here: CI is not to pass because a driver is missing.
+NEEDED = os.environ.get("TOY_TEST_DEVICES", "").split(",")
 SMALL = sets(
     model__n_layer=2, model__n_embd=32, model__n_head=4, model__n_head_kv=2, model__n_ff=48, model__context=24,
     train__batch=4, train__micro_batch=2,
@@ -38,6 +43,7 @@ CASES: dict[str, tuple[tuple[object, ...], float]] = {
     "lora-dropout": (("lora", "--corpus", EXCERPT, "--model", "donor", *sets(lora__dropout=0.1)), 1e-4),
     "vit-tiny": (("vit-tiny", "--images", ROOT / "data" / "digits", *SMALL_VIT), 1e-4),
 }
+LIBRARIES = (f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 FEW = ("--steps", 6, "--threads", 2, *sets(eval__every=3, checkpoint__every=3), "--no-sample", "--json")
 
 
@@ -60,7 +66,7 @@ def place(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(devices.VISIBLE, VISIBLE[devices.VISIBLE])
         if reason := recipes.device_reason(device):
-            pytest.skip(reason)
+            (pytest.fail if device in NEEDED else pytest.skip)(reason)
         toy = Toy(tmp_path_factory.mktemp(device), home | VISIBLE)
         toy("install", "--device", device, timeout=1800).ok()
         toy("train", *TINY, *SMALL, "--steps", 2, "--out", "donor").ok()
@@ -177,6 +183,33 @@ def test_the_loss_that_is_not_finite_is_found(place: Place) -> None:
     assert error["kind"] == "non_finite"
     assert "first bad tensor: " in error["message"]
     assert " at " in error["message"].split("first bad tensor: ")[1], "an operation, and where it is"
+
+
+def test_a_device_that_is_lost_leaves_the_checkpoints(place: Place, tmp_path: Path) -> None:
+    if place.device != "vulkan" or not sys.platform.startswith("linux"):
+        pytest.skip("what loses the device is a loader of Vulkan's")
+    loader, lost = tmp_path / "libvulkan.so.1", tmp_path / "lost"
+    real = next(path for folder in LIBRARIES if (path := Path(folder) / "libvulkan.so.1").exists())
+    defines = [f'-DREAL="{real}"', f'-DLOST="{lost}"']
+    source = Path(__file__).with_name("lost_device.c")
+    subprocess.run(["cc", "-shared", "-fPIC", *defines, "-o", loader, source, "-ldl"], check=True)
+    run = place.toy.cwd / "lost"
+    words = ("--steps", 100000, *sets(checkpoint__every=1), "--device", "vulkan", "--no-sample", "--out", "lost")
+    with place.toy.start("train", *TINY, *SMALL, *words, env={"LD_LIBRARY_PATH": str(tmp_path)}) as running:
+        until = time.monotonic() + 200
+        while not (run / "checkpoints" / "latest").exists():
+            assert running.popen.poll() is None, running.popen.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        lost.touch()
+        _, stderr = running.popen.communicate(timeout=120)
+    assert running.popen.returncode == 1
+    assert "error: the vulkan device failed: " in stderr
+    end = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+    assert (end["kind"], end["error"]["kind"]) == ("run_end", "runner_failed")
+    at = (run / "checkpoints" / "latest").resolve().name
+    go_on = ("train", "--resume", "lost", "--steps", int(at.removeprefix("step_")) + 2, "--no-sample", "--json")
+    assert len(place.toy(*go_on).ok().document["losses"]) == 2
 
 
 @pytest.mark.parametrize(
