@@ -194,7 +194,16 @@ def test_a_device_that_is_lost_leaves_the_checkpoints(place: Place, tmp_path: Pa
     source = Path(__file__).with_name("lost_device.c")
     subprocess.run(["cc", "-shared", "-fPIC", *defines, "-o", loader, source, "-ldl"], check=True)
     run = place.toy.cwd / "lost"
-    words = ("--steps", 100000, *sets(checkpoint__every=1), "--device", "vulkan", "--no-sample", "--out", "lost")
+    words = (
+        "--steps",
+        100000,
+        *sets(checkpoint__every=1, train__warmup_steps=0),
+        "--device",
+        "vulkan",
+        "--no-sample",
+        "--out",
+        "lost",
+    )
     with place.toy.start("train", *TINY, *SMALL, *words, env={"LD_LIBRARY_PATH": str(tmp_path)}) as running:
         until = time.monotonic() + 200
         while not (run / "checkpoints" / "latest").exists():
