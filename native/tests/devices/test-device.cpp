@@ -12,18 +12,18 @@ using toy::format;
 struct op_case {
     std::string                                                          name;
     std::function<tensor(ggml_context *, std::vector<tensor> & sources)> build;
-    double                                                               limit = 2e-6;   // of the largest value
-    std::vector<int32_t>                                                 ids   = {};     // what an I32 source is filled with
+    double                                                               limit = 2e-6;    // of the largest value
+    std::vector<int32_t>                                                 ids   = {};      // what an I32 source is filled with
+    bool                                                                 cuda  = false;   // other devices may leave it to the cpu
 };
-
-static tensor f32(ggml_context * ctx, std::vector<tensor> & sources, std::vector<int64_t> ne) {
-    sources.push_back(ggml_new_tensor(ctx, GGML_TYPE_F32, (int) ne.size(), ne.data()));
-    return sources.back();
-}
 
 static tensor typed(ggml_context * ctx, std::vector<tensor> & sources, ggml_type type, std::vector<int64_t> ne) {
     sources.push_back(ggml_new_tensor(ctx, type, (int) ne.size(), ne.data()));
     return sources.back();
+}
+
+static tensor f32(ggml_context * ctx, std::vector<tensor> & sources, std::vector<int64_t> ne) {
+    return typed(ctx, sources, GGML_TYPE_F32, ne);
 }
 
 static tensor i32(ggml_context * ctx, std::vector<tensor> & sources, int64_t n) {
@@ -33,13 +33,18 @@ static tensor i32(ggml_context * ctx, std::vector<tensor> & sources, int64_t n) 
 
 // The result and, where the operation works in place, all its sources: {} where the device does not compute it.
 static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
-    ggml_context *      ctx = ggml_init({ /*mem_size =*/64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*no_alloc =*/true });
+    ggml_context *      ctx = ggml_init({ /*mem_size =*/1024 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*no_alloc =*/true });
     std::vector<tensor> sources;
     tensor              out    = c.build(ctx, sources);
     const bool          usable = ggml_backend_supports_op(backend, out);
     std::vector<float>  values;
     if (usable) {
         ggml_cgraph * graph = ggml_new_graph(ctx);
+        for (tensor t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+            if (t->op == GGML_OP_OPT_STEP_ADAMW) {   // there may be several
+                ggml_build_forward_expand(graph, t);
+            }
+        }
         ggml_build_forward_expand(graph, out);
         ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors(ctx, backend);
         rng_state                 = 1;
@@ -58,10 +63,13 @@ static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
             }
             ggml_backend_tensor_set(t, stored.data(), 0, stored.size());
         }
-        if (c.name.rfind("adamw", 0) == 0) {   // moments of squares are none below zero
-            const std::vector<float> v(ggml_nelements(sources[3]), 0.25f), h = { 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, 1.5f, 2.5f, 0.5f };
-            ggml_backend_tensor_set(sources[3], v.data(), 0, ggml_nbytes(sources[3]));
-            ggml_backend_tensor_set(sources[4], h.data(), 0, ggml_nbytes(sources[4]));
+        for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+            tensor t = ggml_graph_node(graph, i);
+            if (t->op == GGML_OP_OPT_STEP_ADAMW) {   // moments of squares are none below zero
+                const std::vector<float> v(ggml_nelements(t), 0.25f), h = { 1e-2f, 0.9f, 0.99f, 1e-8f, 0.1f, 1.5f, 2.5f, 0.5f };
+                ggml_backend_tensor_set(t->src[3], v.data(), 0, ggml_nbytes(t->src[3]));
+                ggml_backend_tensor_set(t->src[4], h.data(), 0, ggml_nbytes(t->src[4]));
+            }
         }
         check(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS, c.name + ": computed");
         sources.push_back(out);
@@ -76,6 +84,106 @@ static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
     }
     ggml_free(ctx);
     return values;
+}
+
+// What CUDA has besides: products of other types and in bf16, broadcast or with transposed operands, and the rest of a step
+static void add_cuda_cases(std::vector<op_case> & all) {
+    const auto add = [&](const std::string & name, std::function<tensor(ggml_context *, std::vector<tensor> &)> build, double limit,
+                         std::vector<int32_t> ids = {}) { all.push_back({ name, build, limit, ids, /*cuda =*/true }); };
+    for (const bool bf16 : { false, true }) {
+        const std::string in    = bf16 ? " in bf16" : "";
+        const auto        as    = [=](tensor t) { t->op_params[0] = bf16 ? GGML_PREC_BF16 : GGML_PREC_DEFAULT; };
+        const double      limit = 1e-5;
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K }) {
+            for (const int64_t n : { 1, 35 }) {
+                const std::string of = format("out_prod of %s, %lld%s", ggml_type_name(type), (long long) n, in.c_str());
+                add(
+                    of,
+                    [=](ggml_context * ctx, std::vector<tensor> & s) {
+                        tensor y = ggml_out_prod(ctx, typed(ctx, s, type, { 256, 35 }), f32(ctx, s, { n, 35 }));
+                        as(y);
+                        return y;
+                    },
+                    limit);
+                add(
+                    of + " transposed",
+                    [=](ggml_context * ctx, std::vector<tensor> & s) {   // the gradient of what a matrix is multiplied with
+                        tensor y = ggml_out_prod(ctx, typed(ctx, s, type, { 256, 35 }), ggml_transpose(ctx, f32(ctx, s, { 35, n })));
+                        as(y);
+                        return y;
+                    },
+                    limit);
+            }
+        }
+        for (const int64_t group : { 1, 3 }) {   // grouped queries: a key's gradient, and a query's
+            for (const int64_t n_batch : { 1, 2 }) {
+                const std::string of = format("out_prod of heads, %lld to one, batch of %lld%s", (long long) group, (long long) n_batch, in.c_str());
+                add(
+                    of,
+                    [=](ggml_context * ctx, std::vector<tensor> & s) {
+                        tensor y = ggml_out_prod(ctx, f32(ctx, s, { 24, 17, 2, n_batch }), f32(ctx, s, { 11, 17, 2 * group, n_batch }));
+                        as(y);
+                        return y;
+                    },
+                    limit);
+                add(
+                    of + ", views",
+                    [=](ggml_context * ctx, std::vector<tensor> & s) {
+                        tensor a = ggml_permute(ctx, f32(ctx, s, { 24, 2, 17, n_batch }), 0, 2, 1, 3);
+                        tensor b = ggml_permute(ctx, f32(ctx, s, { 11, 2 * group, 17, n_batch }), 0, 2, 1, 3);
+                        tensor y = ggml_out_prod(ctx, a, b);
+                        as(y);
+                        return y;
+                    },
+                    limit);
+            }
+        }
+        add(
+            "out_prod_acc of a part of the rows" + in,
+            [=](ggml_context * ctx, std::vector<tensor> & s) {
+                tensor acc = f32(ctx, s, { 20, 9 }), a = f32(ctx, s, { 32, 40 }), b = f32(ctx, s, { 9, 40 });
+                tensor y =
+                    ggml_out_prod_acc(ctx, acc, ggml_view_2d(ctx, a, 20, 30, a->nb[1], 12 * sizeof(float)), ggml_view_2d(ctx, b, 9, 30, b->nb[1], 0));
+                as(y);
+                return y;
+            },
+            limit);
+    }
+    for (const int64_t n : { 5, 577, 3000 }) {
+        add(
+            format("norm_back of %lld", (long long) n),
+            [=](ggml_context * ctx, std::vector<tensor> & s) { return ggml_norm_back(ctx, f32(ctx, s, { n, 9 }), f32(ctx, s, { n, 9 }), 1e-5f); },
+            1e-5);
+        add(
+            format("repeat_back of %lld", (long long) n),
+            [=](ggml_context * ctx, std::vector<tensor> & s) {
+                return ggml_repeat_back(ctx, f32(ctx, s, { n, 150, 3 }), ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n));
+            },
+            1e-5);
+        for (const int32_t first : { 7, -1 }) {   // a negative seed keeps everything
+            add(format("dropout of %lld", (long long) n),
+                [=](ggml_context * ctx, std::vector<tensor> & s) {
+                    tensor x = f32(ctx, s, { n, 6 });
+                    s.push_back(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 3));
+                    return ggml_dropout(ctx, x, s.back(), 0.3f, 11);
+                },
+                1e-7, { first, 1, 3, -4, 5, 6 });
+        }
+    }
+    // more weights than one launch takes, some of them small
+    add(
+        "adamw of many",
+        [=](ggml_context * ctx, std::vector<tensor> & s) {
+            tensor step = nullptr;
+            for (int i = 0; i < 150; i++) {
+                const int64_t n = i % 7 == 0 ? 2500 : i % 5 + 1;
+                tensor        w = f32(ctx, s, { n }), g = f32(ctx, s, { n }), m = f32(ctx, s, { n }), v = f32(ctx, s, { n });
+                ggml_set_param(w);
+                step = ggml_opt_step_adamw(ctx, w, g, m, v, f32(ctx, s, { i % 2 ? 7 : 8 }));
+            }
+            return step;
+        },
+        2e-6);
 }
 
 static std::vector<op_case> cases() {
@@ -149,7 +257,7 @@ static std::vector<op_case> cases() {
     for (const bool first : { false, true }) {
         all.push_back({ "get_rows_back_acc",
                         [=](ggml_context * ctx, std::vector<tensor> & s) {
-                            tensor acc = f32(ctx, s, { 45, 11 }), dy = f32(ctx, s, { 45, 37 });
+                            tensor acc = f32(ctx, s, { 45, 13 }), dy = f32(ctx, s, { 45, 37 });
                             return set(ggml_get_rows_back_acc(ctx, acc, dy, i32(ctx, s, 37)), first);
                         },
                         2e-6, ids });
@@ -179,6 +287,7 @@ static std::vector<op_case> cases() {
                         },
                         1e-5, ids });
     }
+    add_cuda_cases(all);
     return all;
 }
 
@@ -193,6 +302,9 @@ int main() {
     }
     for (const op_case & c : cases()) {
         const std::vector<float> want = run_on(cpu, c), got = run_on(device, c), again = run_on(device, c);
+        if (got.empty() && c.cuda && strcmp(toy::DEVICE, "cuda") != 0) {
+            continue;
+        }
         check(!got.empty(), c.name + ": the device has it");
         compare(got, std::vector<double>(want.begin(), want.end()), c.limit, c.name);
         check(got.size() == again.size() && memcmp(got.data(), again.data(), got.size() * sizeof(float)) == 0, c.name + ": the same bytes twice");

@@ -1,0 +1,118 @@
+// The operations that patch 0035 gives ggml-cuda as a device of their own, their kernels run by the CPU: test-device's checks of them need
+// no GPU. Memory, streams and cuBLAS are native/tests/cuda's; what ggml-cuda has besides is not here.
+#include "engine/device.h"
+#include "ggml-backend-impl.h"
+#include "ggml-cpu.h"
+#include "opt-step-adamw.cuh"
+#include "out-prod.cuh"
+#include "training.cuh"
+
+#include <algorithm>
+#include <vector>
+
+namespace toy {
+
+const char * const DEVICE = "cuda";
+
+static bool sums_rows(const ggml_tensor * op) {
+    return op->op == GGML_OP_REPEAT_BACK && ggml_nelements(op) == op->src[0]->ne[0] && ggml_is_contiguous(op->src[0]);
+}
+
+static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_OPT_STEP_ADAMW:
+            return true;
+        case GGML_OP_OUT_PROD:
+            return ggml_cuda_out_prod_supported(op);
+        default:
+            return sums_rows(op) || ggml_cuda_training_supports_op(op);
+    }
+}
+
+static ggml_status graph_compute(ggml_backend_t, ggml_cgraph * graph) {
+    ggml_backend_cuda_context ctx;
+    for (int i = 0; i < graph->n_nodes; i++) {
+        ggml_tensor * node = graph->nodes[i];
+        switch (node->op) {
+            case GGML_OP_NONE:
+            case GGML_OP_RESHAPE:
+            case GGML_OP_VIEW:
+            case GGML_OP_PERMUTE:
+            case GGML_OP_TRANSPOSE:
+                break;
+            case GGML_OP_OPT_STEP_ADAMW:
+                if (const int n = ggml_cuda_opt_steps_adamw(ctx, graph, i)) {
+                    i += n;
+                } else {
+                    ggml_cuda_opt_step_adamw(ctx, node);
+                }
+                break;
+            case GGML_OP_OUT_PROD:
+                ggml_cuda_out_prod(ctx, node);
+                break;
+            case GGML_OP_REPEAT_BACK:
+                GGML_ASSERT(ggml_cuda_sum_of_rows(ctx, node));
+                break;
+            default:
+                GGML_ASSERT(ggml_cuda_training_op(ctx, node));
+        }
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+// Memory of a device: full of numbers that no sum forgets, and with a gap of them behind each tensor, in which nothing may be written.
+static const size_t        GAP   = 256;
+static const unsigned char EMPTY = 0x7f;   // 3.4e38. Not a NaN, which is the same bits after a computation
+
+struct memory {
+    std::vector<char>            bytes;
+    std::vector<unsigned char *> gaps;
+};
+
+static ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t) {
+    if (!t->view_src) {
+        ((memory *) buffer->context)->gaps.push_back((unsigned char *) t->data + ggml_nbytes(t));
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+static void free_buffer(ggml_backend_buffer_t buffer) {
+    memory * m = (memory *) buffer->context;
+    for (const unsigned char * gap : m->gaps) {
+        GGML_ASSERT(std::all_of(gap, gap + GAP, [](unsigned char c) { return c == EMPTY; }) && "written behind the end of a tensor");
+    }
+    delete m;
+}
+
+static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer           = free_buffer;
+    iface.get_base              = [](ggml_backend_buffer_t buffer) { return (void *) ((memory *) buffer->context)->bytes.data(); };
+    iface.init_tensor           = init_tensor;
+    iface.set_tensor = [](ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t at, size_t n) { memcpy((char *) t->data + at, data, n); };
+    iface.get_tensor = [](ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t at, size_t n) { memcpy(data, (char *) t->data + at, n); };
+    return ggml_backend_buffer_init(type, iface, new memory{ std::vector<char>(size, EMPTY), {} }, size);
+}
+
+ggml_backend_t open_device() {
+    static ggml_backend_device      device = {};
+    static ggml_backend_buffer_type type   = {};
+    type.device                            = &device;
+    type.iface.get_name                    = [](ggml_backend_buffer_type_t) { return "CUDA on the CPU"; };
+    type.iface.alloc_buffer                = alloc_buffer;
+    type.iface.get_alignment               = [](ggml_backend_buffer_type_t) { return (size_t) 16; };
+    type.iface.get_alloc_size              = [](ggml_backend_buffer_type_t, const ggml_tensor * t) { return ggml_nbytes(t) + GAP; };
+    type.iface.is_host                     = [](ggml_backend_buffer_type_t) { return true; };
+    device.iface.supports_op               = supports_op;
+    device.iface.get_buffer_type           = [](ggml_backend_dev_t) { return &type; };
+    device.iface.supports_buft             = [](ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return ggml_backend_buft_is_host(buft); };
+
+    ggml_backend * backend       = new ggml_backend{};
+    backend->device              = &device;
+    backend->iface.get_name      = [](ggml_backend_t) { return "CUDA on the CPU"; };
+    backend->iface.free          = [](ggml_backend_t b) { delete b; };
+    backend->iface.graph_compute = graph_compute;
+    return backend;
+}
+
+}   // namespace toy
