@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PLAY   := playground
 SANITIZERS ?= address,undefined thread
 
-.PHONY: setup train test test-slow test-vulkan test-metal sanitize bench gate lint format clean
+.PHONY: setup train test test-slow test-cuda test-vulkan test-metal sanitize bench gate lint format clean
 
 setup: $(VENV)/.setup ## .venv with the `toy` command in it
 
@@ -32,7 +32,7 @@ test: $(VENV)/.test ## everything but the long runs
 test-slow: $(VENV)/.test ## the long runs: published losses
 	$(BIN)/python -m pytest -m slow tests/slow
 
-test-vulkan test-metal: test-%: $(VENV)/.test ## every recipe on a device, against the cpu: what to run on a machine that has one
+test-cuda test-vulkan test-metal: test-%: $(VENV)/.test ## every recipe on a device, against the cpu: what to run on a machine that has one
 	$(BIN)/toy install --device $*
 	$(BIN)/python -m pytest tests/gpu -k $*
 

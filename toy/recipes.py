@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from toy.errors import ToyError, nearest
@@ -87,7 +84,7 @@ def on_device(target: str, device: str) -> str:
 
 
 #: Devices with a runner for each of the above, of the same sources, and what they compute in.
-_ALSO_ON = {"vulkan": ("f32",), "metal": ("f32",)}
+_ALSO_ON = {"cuda": ("f32", "bf16"), "vulkan": ("f32",), "metal": ("f32",)}
 
 #: What can be trained now. Adding an architecture, a device or a recipe adds a row.
 MATRIX: tuple[Row, ...] = (
@@ -156,8 +153,10 @@ def device_reason(device: str) -> str:
     """Why this machine cannot use `device` whatever is built, or "" when the machine could."""
     if device == "metal" and platform.system() != "Darwin":
         return "metal needs macOS"
-    if device == "cuda" and cuda_toolkit() is None:
-        return "cuda needs NVIDIA's toolkit, and there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
+    if device == "cuda":
+        from toy import cuda
+
+        return cuda.reason()
     if device == "vulkan":
         from toy import devices
 
@@ -167,7 +166,8 @@ def device_reason(device: str) -> str:
 
 DEVICE_HINTS = {
     "metal": "use --device cpu here",
-    "cuda": "install the CUDA toolkit or set CUDA_HOME; --device cpu works now",
+    "cuda": "pip install 'toy[cuda]' brings the toolkit, or set CUDA_HOME; the driver comes with the system;"
+    " --device cpu works now",
     "vulkan": "Debian: apt install libvulkan-dev glslc spirv-headers, and a driver such as mesa-vulkan-drivers;"
     " --device cpu works now",
 }
@@ -213,19 +213,6 @@ def _passed_over(device: str) -> str:
 
     found = devices.vulkan_usable()
     return "" if any(gpu.is_gpu for gpu in found) else f"vulkan has only {found[0].name}, which is software"
-
-
-def cuda_toolkit() -> Path | None:
-    """The nvcc of this machine."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            nvcc = Path(home) / "bin" / "nvcc"
-            if nvcc.is_file():
-                return nvcc
-    if found := shutil.which("nvcc"):
-        return Path(found)
-    nvcc = Path("/usr/local/cuda/bin/nvcc")
-    return nvcc if nvcc.is_file() else None
 
 
 def select(recipe: str, arch: str, device: str) -> Row:

@@ -140,7 +140,10 @@ def _fingerprint(root: Root, variant: str, device: str) -> str:
                     stat = entry.stat()
                     rows.append(f"{os.path.relpath(entry.path, root.source)} {stat.st_size} {stat.st_mtime_ns}")
     stat = (root.source / "CMakeLists.txt").stat()
-    flags = [os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")]
+    names = ["CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"]
+    if device == "cuda":
+        names += ["CUDA_HOME", "CUDA_PATH", "CUDAARCHS"]
+    flags = [os.environ.get(name, "") for name in names]
     compiler = find_compiler()
     rows += [f"CMakeLists.txt {stat.st_size} {stat.st_mtime_ns}", variant, device]
     rows += [str(root.source), str(compiler), *flags]
@@ -242,6 +245,10 @@ def _build(root: Root, targets: list[str], variant: str, device: str, tools: dic
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DTOY_VARIANT={variant}", f"-DTOY_DEVICES={device}", f"-DTOY_LIBEXEC={linked}", "-DTOY_PYTHON_MODULE=OFF",
     ]  # fmt: skip
+    if device == "cuda":
+        from toy import cuda
+
+        configure += cuda.cmake_options(folder / "toolkit")
     from toy.config.resolve import usable_cores
 
     # ninja itself, not cmake --build: each of its jobs is a process group of its own, and only ninja can end them all

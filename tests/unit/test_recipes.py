@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
-from toy import devices, recipes
+from toy import cuda, devices, recipes
 from toy.errors import ToyError
 
 CPU = ("from-scratch", "llama", "cpu")
@@ -169,15 +169,38 @@ def test_metal_off_macos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cuda_without_and_with_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(recipes, "cuda_toolkit", lambda: None)
+    monkeypatch.setattr(cuda, "toolkit", lambda: None)
     with pytest.raises(ToyError, match="cuda needs NVIDIA's toolkit") as caught:
         recipes.select("from-scratch", "llama", "cuda")
     assert caught.value.kind == "not_available"
     monkeypatch.undo()
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "include/cublas_v2.h"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert recipes.cuda_toolkit() == tmp_path / "bin" / "nvcc"
+    monkeypatch.setattr(cuda, "wheels", list)
+    found = cuda.toolkit()
+    assert found is not None
+    assert found.nvcc == tmp_path / "bin" / "nvcc"
+    assert "cuda needs libcudart, which is neither with" in recipes.device_reason("cuda")
+    # a library under its number only, as in the wheels
+    (tmp_path / "lib").mkdir()
+    for name in cuda.LIBRARIES:
+        (tmp_path / "lib" / f"lib{name}.so.13").touch()
+    options = cuda.cmake_options(tmp_path / "links")
+    assert f"-DCUDA_cublas_LIBRARY={tmp_path / 'links' / 'libcublas.so'}" in options
+    assert (tmp_path / "links" / "libcublas.so").resolve() == tmp_path / "lib" / "libcublas.so.13"
+    for driver, said in (
+        (None, "there is no libcuda"),
+        ((13000, ()), "cuda finds no GPU"),
+        ((12080, (("GPU", 90),)), "the driver is too old: it has CUDA 12.8"),
+        ((13000, (("GPU", 90),)), ""),
+    ):
+        monkeypatch.setattr(cuda, "_driver", lambda driver=driver: driver)
+        monkeypatch.setattr(cuda, "compiler_version", lambda nvcc: 13050)
+        assert said in recipes.device_reason("cuda")
+    assert recipes.device_reason("cuda") == ""
+    assert recipes.select("from-scratch", "llama", "cuda").target == "toy-train-cuda"
 
 
 @pytest.mark.parametrize(("flag", "home"), [("--rank", "lora"), ("--images", "vit-tiny"), ("--init", "warm-start")])

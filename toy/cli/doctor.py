@@ -147,6 +147,8 @@ def available_memory() -> str:
 
 
 def backends() -> list[dict[str, Any]]:
+    from toy import cuda
+
     have = {row.device for row in recipes.MATRIX}
     best, passed = recipes.auto_device("from-scratch", "f32")
     rows = []
@@ -158,7 +160,7 @@ def backends() -> list[dict[str, Any]]:
             finding(
                 f"device {device}",
                 not reason,
-                reason or about,
+                reason or (cuda.about() if device == "cuda" else about),
                 recipes.DEVICE_HINTS.get(device, "") if recipes.device_reason(device) else "",
                 needed=device == "cpu",
             )

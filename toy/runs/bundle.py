@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from toy import __version__, config, devices, runners
+from toy import __version__, config, cuda, devices, runners
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -103,6 +103,8 @@ def gpu_name(device: str) -> str | None:
     if device == "vulkan":
         found = devices.vulkan_usable()
         return found[0].name if found else None
+    if device == "cuda":
+        return next((name for name, _ in cuda.devices()), None)
     return None
 
 
