@@ -119,7 +119,7 @@ def test_a_run_moves_to_another_device(place: Place) -> None:
 
 
 def test_answers_are_those_of_the_cpu(place: Place) -> None:
-    words = ("--prompt", "First Citizen: what", "--n", 12, "--temperature", 0, "--logprobs", 2, "--json")
+    words = ("--prompt", "First ", "--n", 12, "--temperature", 0, "--logprobs", 2, "--json")
     for model in ("donor", MIXED):
         made = [place.toy("infer", model, *words, "--device", device).ok().document for device in ("cpu", place.device)]
         assert len(made[1]["ids"]) == 12
