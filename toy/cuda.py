@@ -142,6 +142,13 @@ def compiler_version(nvcc: Path) -> int:
 
 def reason() -> str:
     """Why this machine cannot train through CUDA, or ""."""
+    driver = _driver()
+    if driver is None:
+        return "cuda needs NVIDIA's driver, and there is no libcuda"
+    version, there = driver
+    if not there:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return "cuda finds no GPU" if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden or '(empty)'} names no GPU"
     found = toolkit()
     if found is None:
         return (
@@ -149,13 +156,6 @@ def reason() -> str:
         )
     if missing := found.missing():
         return f"cuda needs {missing}, which is neither with {found.nvcc} nor in a wheel"
-    driver = _driver()
-    if driver is None:
-        return "cuda needs NVIDIA's driver, and there is no libcuda"
-    version, there = driver
-    if not there:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return f"CUDA_VISIBLE_DEVICES={hidden} names no GPU" if hidden is not None else "cuda finds no GPU"
     # within a major version an older driver runs what a newer toolkit has built
     if version // 1000 < compiler_version(found.nvcc) // 1000:
         return (

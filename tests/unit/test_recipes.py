@@ -169,11 +169,12 @@ def test_metal_off_macos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cuda_without_and_with_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda, "toolkit", lambda: None)
-    with pytest.raises(ToyError, match="cuda needs NVIDIA's toolkit") as caught:
-        recipes.select("from-scratch", "llama", "cuda")
+    monkeypatch.setattr(cuda, "_driver", lambda: (13000, (("GPU", 90),)))
+    with monkeypatch.context() as without:
+        without.setattr(cuda, "toolkit", lambda: None)
+        with pytest.raises(ToyError, match="cuda needs NVIDIA's toolkit") as caught:
+            recipes.select("from-scratch", "llama", "cuda")
     assert caught.value.kind == "not_available"
-    monkeypatch.undo()
     for name in ("bin/nvcc", "include/cuda_runtime.h", "include/cublas_v2.h"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
