@@ -28,16 +28,17 @@ def test_every_product_of_a_step_is_told_with_its_shape(toy: Toy, trained: Train
     profile = document["profile"]
     assert (profile["steps"], profile["threads"], profile["precision"]) == (STEPS - 2, 2, "f32")
     # two layers of width 64 and 192, two micro-batches of 2 x 64 tokens: each product twice a layer and step
+    # (q, k and v are one product, and so are gate and up)
     tokens, wide, narrow, kv, layers = 128, 192, 64, 32, 4
     forward = products(profile, "forward")
     weights, inputs = products(profile, "weight gradients"), products(profile, "activation gradients")
-    assert forward[tokens, narrow, wide] == 2 * layers, "gate and up"
+    assert forward[tokens, narrow, narrow + 2 * kv] == layers, "q, k and v"
+    assert forward[tokens, narrow, 2 * wide] == layers, "gate and up"
+    assert forward[tokens, narrow, narrow] == layers, "output"
     assert forward[tokens, wide, narrow] == layers, "down"
-    assert forward[tokens, narrow, narrow] == 2 * layers, "q and output"
-    assert forward[tokens, narrow, kv] == 2 * layers, "k and v"
-    assert weights[wide, tokens, narrow] == 2 * layers
+    assert weights[2 * wide, tokens, narrow] == layers
     assert weights[narrow, tokens, wide] == layers
-    assert inputs[tokens, wide, narrow] == 2 * layers
+    assert inputs[tokens, 2 * wide, narrow] == layers
     assert inputs[tokens, narrow, wide] == layers
     # the event in the run's file is what the document shows
     [event] = read_events(toy.cwd / "run", "profile")
