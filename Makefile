@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PLAY   := playground
 SANITIZERS ?= address,undefined thread
 
-.PHONY: setup train test test-slow test-cuda test-vulkan test-metal sanitize bench gate lint format clean
+.PHONY: setup train test test-slow test-cuda test-vulkan test-metal sanitize bench bench-gpu gate lint format clean
 
 setup: $(VENV)/.setup ## .venv with the `toy` command in it
 
@@ -49,6 +49,9 @@ sanitize: $(VENV)/.test ## the native tests, and each recipe's runner, under the
 
 bench: $(VENV)/.test ## toy against PyTorch and llama.cpp, and the GEMM roof, in one run
 	$(BIN)/python tests/bench/bench.py
+
+bench-gpu: $(VENV)/.test ## toy on a GPU against PyTorch on the same one, and against itself on the cpu; DEVICE=vulkan: another than cuda
+	$(BIN)/python tests/bench/bench_gpu.py --device $(or $(DEVICE),cuda)
 
 gate: setup ## train each recipe and compare its losses with data/gates, byte for byte
 	$(BIN)/python -m pytest tests/cpu/test_bytes.py

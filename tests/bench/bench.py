@@ -19,9 +19,9 @@ from pathlib import Path
 
 import others
 from quiet import Busy, Quiet
-from report import Cell, ProductRow, Report, Side, result_path, speed_text
-from roof import Roof, build_bench_gemm
-from shapes import DTYPES, PRODUCTS, ROOF, SHAPES, Shape
+from report import Cell, ProductRow, Report, Side, cpu_name, result_path, speed_text
+from roof import Product, Roof, build_bench_gemm
+from shapes import DTYPES, PRODUCTS, ROOF, SHAPES, Shape, target
 from torch_side import TorchRun, is_installed
 from toy_side import ToyRun, Unavailable
 
@@ -48,14 +48,14 @@ def say(text: str) -> None:
 
 
 def start_torch(
-    shape: Shape, dtypes: list[str], modes: tuple[str, ...], threads: int, stack: ExitStack
+    shape: Shape, dtypes: list[str], modes: tuple[str, ...], threads: int, stack: ExitStack, device: str = "cpu"
 ) -> dict[str, list[TorchRun]]:
     """PyTorch's side of a shape, all of it at once: compiling takes one core for long. Data type -> runs."""
     begun = time.monotonic()
     runs: dict[str, list[TorchRun]] = {dtype: [] for dtype in dtypes}
     for dtype in dtypes if is_installed() else ():
         for mode in modes:
-            runs[dtype].append(TorchRun(shape, mode, dtype, threads))
+            runs[dtype].append(TorchRun(shape, mode, dtype, threads, device))
             stack.callback(runs[dtype][-1].close)
     for dtype, started in runs.items():
         for run in started:
@@ -67,14 +67,16 @@ def start_torch(
 
 
 def measure(
-    shape: Shape, dtype: str, runs: list[TorchRun], rounds: int, threads: int, roof: Roof, quiet: Quiet
-) -> Cell:
-    """One cell of the table."""
-    cell = Cell(shape, dtype)
+    cell: Cell, runs: list[TorchRun], rounds: int, roof: Roof, products: list[Product], quiet: Quiet,
+    begin: Callable[[], ToyRun], held: Callable[[Callable[[], None]], int] | None = None,
+) -> Cell:  # fmt: skip
+    """Fill one cell of the table. `begin` starts toy's run, and `held` tells what memory a side's end gives back: that
+    of a device, where peak resident memory tells nothing."""
+    shape, dtype = cell.shape, cell.dtype
     with ExitStack() as stack:
         turns: dict[str, Callable[[], None]] = {}
         try:
-            toy = ToyRun(shape, dtype, threads)
+            toy = begin()
             stack.callback(toy.close)
             stack.enter_context(waiting(quiet, toy.pids))
             cell.sides["toy"] = Side("toy")
@@ -94,16 +96,21 @@ def measure(
             for name, turn in turns.items():
                 time.sleep(0.3)  # the other side's threads have stopped spinning
                 quiet.turn(turn, cell.sides[name].rounds.pop)
-            quiet.turn(lambda: cell.take_roof(roof, ROOF), cell.forget_roof)
+            quiet.turn(lambda: cell.take_roof(roof, products), cell.forget_roof)
             speeds = ", ".join(f"{name} {speed_text(shape, cell.sides[name].rounds[-1])}" for name in turns)
             say(f"    {speeds} {shape.unit}; roof {cell.roof():.0f} GFLOP/s")
             sit_out(cell, turns)
         if "toy" in turns:
-            cell.sides["toy"].peak_rss_bytes, cell.command_line_bytes = toy.peaks()
+            cell.sides["toy"].peak_bytes, cell.command_line_bytes = toy.peaks()
             cell.parameters = int(toy.start.get("parameters") or 0)
         for run in runs:
             if run.version:
-                cell.sides[run.mode].peak_rss_bytes = run.peak_rss_bytes
+                cell.sides[run.mode].peak_bytes = run.peak_bytes
+        if held is not None:
+            ends = {run.mode: run.close for run in runs} | ({"toy": toy.close} if "toy" in turns else {})
+            for name, side in cell.sides.items():
+                side.peak_bytes = held(ends[name])
+            cell.command_line_bytes = 0
     return cell
 
 
@@ -180,7 +187,9 @@ def main() -> None:
                 stack.enter_context(waiting(quiet, [run.process.pid for each in runs.values() for run in each]))
                 for dtype in args.dtypes:
                     say(f"  {dtype}")
-                    report.cells.append(measure(shape, dtype, runs[dtype], args.rounds, threads, roof, quiet))
+                    begin = partial(ToyRun, shape, dtype, threads)
+                    cell = Cell(shape, dtype, target(shape.name, dtype))
+                    report.cells.append(measure(cell, runs[dtype], args.rounds, roof, ROOF, quiet, begin))
         if not args.no_others:
             say("infer, beginnings, memory")
             report.figures += others.infer(threads, args.rounds, quiet)
@@ -198,7 +207,7 @@ def main() -> None:
         roof.close()
     report.minutes = (time.monotonic() - begun) / 60
     text = report.text(quiet)
-    out = args.out or result_path()
+    out = args.out or result_path(cpu_name())
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     print(text)

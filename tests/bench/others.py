@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 from quiet import Quiet
 from shapes import SHAPES
 from torch_side import Worker
-from toy_side import ToyRun, command, environment, smollm2, train_words
+from toy_side import ToyRun, command, environment, result, smollm2, train_words
 
 HERE = Path(__file__).resolve().parent
 PROMPT = 512  # tokens of the long prompt
@@ -43,6 +42,7 @@ class Figure:
     toy: list[float] = field(default_factory=list)
     other: list[float] = field(default_factory=list)
     other_name: str = ""
+    why: str = ""  # there is no value
 
     @property
     def value(self) -> float | None:
@@ -50,6 +50,9 @@ class Figure:
             return None
         mine = statistics.median(self.toy)
         return mine / statistics.median(self.other) if self.ratio else mine
+
+    def verdict(self) -> str:
+        return "-" if self.value is None else ("yes" if self.holds(self.value) else "no")
 
 
 def at_least(limit: float) -> Callable[[float], bool]:
@@ -77,15 +80,10 @@ class LlamaCpp(Worker):
         return float(answer["tokens_per_second"])
 
 
-def toy_infer(gguf: Path, threads: int, ids: list[int], n: int) -> dict[str, float]:
+def toy_infer(gguf: Path, threads: int, ids: list[int], n: int, device: str = "cpu") -> dict[str, float]:
     """Timings of a fresh `toy infer`, as it tells them."""
     words = ["infer", str(gguf), "--prompt-ids", ",".join(map(str, ids)), "--n", str(n), "--temperature", "0"]
-    with tempfile.TemporaryDirectory(prefix="toy-bench-") as folder:
-        argv, env = command(*words, "--threads", str(threads), "--json"), environment(Path(folder))
-        done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stdout + done.stderr)
-    timings: dict[str, float] = json.loads(done.stdout)["timings"]
+    timings: dict[str, float] = result([*words, "--threads", str(threads), "--device", device])["timings"]
     return timings
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from others import Figure
 from quiet import Quiet
 from roof import LAYOUTS, Product, Roof
-from shapes import Shape, Target, target
+from shapes import Shape, Target
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -29,7 +29,7 @@ class Side:
 
     name: str
     rounds: list[float] = field(default_factory=list)  # median seconds a step
-    peak_rss_bytes: int = 0
+    peak_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -42,6 +42,7 @@ class Cell:
 
     shape: Shape
     dtype: str
+    limits: Target
     sides: dict[str, Side] = field(default_factory=dict)  # toy, eager, compile
     roofs: list[tuple[float, float]] = field(default_factory=list)  # a round's best of toy's products and PyTorch's
     parameters: int = 0
@@ -78,7 +79,7 @@ class Cell:
 
     def memory_of(self, name: str) -> str:
         side = self.sides.get(name)
-        return f"{side.peak_rss_bytes / 1e6:,.0f}" if side and side.peak_rss_bytes else "-"
+        return f"{side.peak_bytes / 1e6:,.0f}" if side and side.peak_bytes else "-"
 
     @property
     def gflops(self) -> float | None:
@@ -87,10 +88,20 @@ class Cell:
     def values(self) -> Target:
         """What was measured, in the places of what it is held to."""
         toy, best = self.toy, self.best
-        share = self.gflops / self.roof() if self.gflops and self.roofs else None
+        share = self.gflops / self.roof() if self.gflops and self.roofs and self.roof() else None
         if toy is None or best is None:
             return Target(None, None, share)
-        return Target(best.seconds / toy.seconds, toy.peak_rss_bytes / best.peak_rss_bytes, share)
+        memory = toy.peak_bytes / best.peak_bytes if toy.peak_bytes and best.peak_bytes else None
+        return Target(best.seconds / toy.seconds, memory, share)
+
+    def judgements(self) -> list[tuple[str, bool | None]]:
+        """Speed, memory and share of the roof."""
+        found, limits = self.values(), self.limits
+        return [
+            judged(found.speed, limits.speed, True),
+            judged(found.memory, limits.memory, False),
+            judged(found.share, limits.share, True),
+        ]
 
 
 def speed_text(shape: Shape, seconds: float) -> str:
@@ -121,6 +132,7 @@ class Report:
     threads: int
     rounds: int
     command: str
+    device: str = ""  # a GPU's name; else the cpu's stands for it
     cells: list[Cell] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     products: list[ProductRow] = field(default_factory=list)
@@ -142,7 +154,7 @@ class Report:
             lines += [f"- {cell.shape.name} {cell.dtype}: {note}" for note in cell.notes]
         for figure in self.figures:
             lines += [
-                f"- {figure.name}, {who}: {', '.join(f'{value:.4g}' for value in values)} {figure.unit}"
+                f"- {figure.name}, {who}: {', '.join(f'{value:.4g}' for value in values)} {figure.unit}".rstrip()
                 for who, values in (("toy", figure.toy), (figure.other_name, figure.other))
                 if values
             ]
@@ -156,8 +168,9 @@ class Report:
             noise += f"{quiet.repeated} turns were repeated."
         else:
             noise = "**Measured on a machine that others used at the same time: not to be published.**"
+        machine = f"{self.device}; {cpu_name()}" if self.device else cpu_name()
         return (
-            f"{cpu_name()}, {self.threads} threads; {platform.system()} {platform.release()}; "
+            f"{machine}, {self.threads} threads; {platform.system()} {platform.release()}; "
             f"Python {platform.python_version()}; {version}; toy at commit {commit()}; "
             f"{self.rounds} rounds, sides in turn; {self.minutes:.0f} minutes. {noise}\n\nCommand: `{self.command}`"
         )
@@ -165,12 +178,7 @@ class Report:
     def verdict(self) -> list[str]:
         rows = []
         for cell in self.cells:
-            found, limits = cell.values(), target(cell.shape.name, cell.dtype)
-            judgements = [
-                judged(found.speed, limits.speed, True),
-                judged(found.memory, limits.memory, False),
-                judged(found.share, limits.share, True),
-            ]
+            judgements = cell.judgements()
             held = [holds for _, holds in judgements if holds is not None]
             missed = [
                 name for name, (_, holds) in zip(("speed", "memory", "roof"), judgements, strict=True) if holds is False
@@ -207,7 +215,7 @@ class Report:
             theirs = f"{statistics.median(figure.other):,.4g} {figure.unit}" if figure.other else "-"
             value = figure.value
             ratio = f"{value:.2f}" if value is not None and figure.ratio else "-"
-            holds = "-" if value is None else ("yes" if figure.holds(value) else "no")
+            holds = figure.verdict()
             rows.append([figure.name, mine, theirs, figure.other_name or "-", ratio, figure.target, holds])
         return table(["what", "toy", "other", "which", "ratio", "target", "holds"], rows)
 
@@ -242,6 +250,7 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def result_path() -> Path:
-    words = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower().replace("(r)", "").replace("processor", "")).strip("-")
+def result_path(name: str) -> Path:
+    """Where the results of today on this cpu or GPU go."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("processor", "")).strip("-")
     return HERE / "results" / f"{datetime.date.today().isoformat()}-{words}.md"

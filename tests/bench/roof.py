@@ -27,8 +27,9 @@ def build_bench_gemm() -> Path:
 class Roof:
     """Measures products on both sides for a fraction of a second each; remembers the best of each data type."""
 
-    def __init__(self, program: Path, threads: int, seconds: float) -> None:
-        self.program, self.threads, self.seconds = program, threads, seconds
+    def __init__(self, program: Path | None, threads: int, seconds: float, device: str = "cpu") -> None:
+        """Without `program`, PyTorch's products alone; `device` is theirs."""
+        self.program, self.threads, self.seconds, self.device = program, threads, seconds, device
         self.workers: dict[str, Worker] = {}
         self.no_torch = not is_installed()
 
@@ -38,11 +39,14 @@ class Roof:
     def ready(self, dtype: str) -> None:
         """Start what a measurement will need, so that no turn pays for it."""
         if dtype not in self.workers and not self.no_torch:
-            self.workers[dtype] = Worker("torch_worker.py", "gemm", dtype, str(self.threads), str(self.seconds))
+            words = [dtype, str(self.threads), str(self.seconds), self.device]
+            self.workers[dtype] = Worker("torch_worker.py", "gemm", *words)
             self.workers[dtype].ask("64 64 64")
 
     def toy(self, product: Product, dtype: str) -> dict[str, float]:
         """layout -> GFLOP/s"""
+        if self.program is None:
+            return {}
         argv = [str(self.program), "-t", str(self.threads), "-s", str(self.seconds), "-p", dtype, *map(str, product)]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode != 0:

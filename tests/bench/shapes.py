@@ -3,7 +3,7 @@ README.md's table, and every side reads them from here."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 DTYPES = ("f32", "bf16")
 
@@ -114,6 +114,37 @@ TARGETS: dict[str, tuple[Target, Target]] = {
 
 def target(shape: str, dtype: str) -> Target:
     return TARGETS[shape][DTYPES.index(dtype)]
+
+
+#: What bench_gpu.py trains: the same models on batches that fill a GPU.
+GPU_SHAPES: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        replace(SHAPES["gpt2-124M"], batch=16, context=1024, warm=5, measured=20),
+        replace(SHAPES["X"], name="llama-135M", batch=8, context=2048, warm=5, measured=20),
+        replace(SHAPES["X-lora"], name="lora-135M", batch=8, context=2048, warm=5, measured=20),
+        replace(SHAPES["M"], warm=20, measured=100),
+    )
+}
+GPU_TARGETS = {
+    "gpt2-124M": Target(1.1, None, 0.45),
+    "llama-135M": Target(1.1, None, None),
+    "lora-135M": Target(1.3, 0.6, None),
+    "M": Target(None, None, None),
+}
+#: A product large enough for any GPU's full speed.
+GPU_ROOF = [(8192, 8192, 8192)]
+#: What is learned for losses to be compared: model M, with so few tokens a step that 500 steps do not learn by heart.
+GPU_LOSSES = replace(SHAPES["M"], batch=4, context=128)
+
+
+def tiny(shape: Shape) -> Shape:
+    """The same with next to nothing to compute, to try a bench itself. A lora's model is that of its base."""
+    few = {"batch": 2, "context": 32, "warm": 1, "measured": 2}
+    if shape.kind != "lora":
+        few |= {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_ff": 128}
+        few["n_head_kv"] = 2 if shape.n_head_kv < shape.n_head else 4
+    return replace(shape, **few)  # type: ignore[arg-type]
 
 
 #: tokens x in x out of products that any implementation can do at full speed: what training is held against.

