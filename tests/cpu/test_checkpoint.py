@@ -207,11 +207,12 @@ def test_torn_missing_and_foreign_ones_are_told_apart(name: str, built: None, tm
         run = tmp_path / f"resumed-{harm.__name__}"
         left = run_through(job, job.environment(run, files[name], 9, str(path)))
         assert left.code == 2, (harm.__name__, left.stderr)
-        error, hint = left.stderr.splitlines()
+        error, hint, kind = left.stderr.splitlines()
         assert error.startswith("error: ")
         assert str(path) in error
         assert named in error
         assert hint.startswith("hint: ")
+        assert kind.removeprefix("kind: ") in kinds
         assert left.lines == []
         end = read_events(run)[-1]
         assert end["kind"] == "run_end"
