@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -136,12 +137,20 @@ def test_operations_are_those_of_the_cpu(place: Place) -> None:
         pytest.skip("metal leaves them to the cpu")
     cmake = runners.wheel_tool("cmake")
     folder, target = ROOT / "build" / f"native-{place.device}", f"test-device-{place.device}"
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(list(map(str, command)), env=os.environ, capture_output=True, text=True, check=False)
+
     for command in (
         [cmake, "-S", ROOT, "-B", folder, "-DTOY_TESTS=ON"],
         [cmake, "--build", folder, "--target", target],
         [folder / target],
     ):
-        done = subprocess.run(list(map(str, command)), env=os.environ, capture_output=True, text=True, check=False)
+        done = run(*command)
+        if done.returncode == -signal.SIGSEGV and place.device == "vulkan" and not devices.vulkan_usable()[0].is_gpu:
+            # Mesa 22.3's software device: once in 40 runs of some thousand graphs, its queue's thread reads a command
+            # buffer that is being recorded anew
+            done = run(*command)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
