@@ -45,11 +45,12 @@ def patch_size(image: int) -> int:
 
 def activation_bytes(config: Config) -> int:
     """What a token leaves in memory for the gradients, about: of each block its input, q, k, v, what attention makes,
-    the sum after it, and the feed-forward layer before its activation function. Norms are computed again."""
+    the sum after it, and the feed-forward layer before its activation function. Norms are computed again.
+
+    With train.recompute it is less; sequences at once stay the same, so that what it saves is saved."""
     model = config.model
     block = 6 * model.n_embd + (1 if config.run.arch in ("gpt2", "vit") else 2) * model.n_ff
-    kept = model.n_layer * model.n_embd + block if config.train.recompute else model.n_layer * block
-    return 4 * kept
+    return 4 * model.n_layer * block
 
 
 def micro_batch(config: Config) -> int:
