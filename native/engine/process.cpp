@@ -1,6 +1,7 @@
 #include "process.h"
 
 #include "error.h"
+#include "ggml.h"
 
 #include <csignal>
 #include <cstdio>
@@ -40,6 +41,14 @@ int runner_main(const std::function<int()> & body) {
     sigaction(SIGINT, &sa, nullptr);
     sigaction(SIGTERM, &sa, nullptr);
     signal(SIGPIPE, SIG_IGN);
+    // of what ggml and a device's driver say of themselves, what matters
+    ggml_log_set(
+        [](ggml_log_level level, const char * text, void *) {
+            if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
+                fputs(text, stderr);
+            }
+        },
+        nullptr);
     try {
         return body();
     } catch (const error & e) {

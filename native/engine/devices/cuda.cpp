@@ -2,7 +2,6 @@
 #include "engine/error.h"
 #include "ggml-cuda.h"
 
-#include <cstdio>
 #include <cstdlib>
 
 namespace toy {
@@ -11,14 +10,6 @@ const char * const DEVICE = "cuda";
 
 // The first device that the driver shows, or that CUDA_VISIBLE_DEVICES names.
 ggml_backend_t open_device() {
-    // of what ggml-cuda says of itself, what matters
-    ggml_log_set(
-        [](ggml_log_level level, const char * text, void *) {
-            if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
-                fputs(text, stderr);
-            }
-        },
-        nullptr);
     // one stream: a node may read what another one wrote in place without naming it (see session::with_squares), and cuBLAS promises the
     // same bytes for one stream only
     unsetenv("GGML_CUDA_GRAPH_OPT");

@@ -2,7 +2,6 @@
 #include "engine/error.h"
 #include "ggml-vulkan.h"
 
-#include <cstdio>
 #include <cstdlib>
 
 namespace toy {
@@ -11,14 +10,6 @@ const char * const DEVICE = "vulkan";
 
 // The first device that ggml finds, or that GGML_VK_VISIBLE_DEVICES names: a device that is made of software has to be named.
 ggml_backend_t open_device() {
-    // of what ggml-vulkan says of itself, what matters
-    ggml_log_set(
-        [](ggml_log_level level, const char * text, void *) {
-            if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) {
-                fputs(text, stderr);
-            }
-        },
-        nullptr);
     // a node may read what another one wrote in place without naming it (see session::with_squares): their order stays
     setenv("GGML_VK_DISABLE_GRAPH_OPTIMIZE", "1", 1);
     const char * hint = "GGML_VK_VISIBLE_DEVICES=0 takes a device made of software too; --device cpu works without one";
