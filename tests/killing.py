@@ -142,7 +142,7 @@ class Segment:
 
 
 def executable(job: Job) -> Path:
-    from toy.runners import find_root
+    from toy.builds import find_root
 
     return find_root().runner(job.runner)
 

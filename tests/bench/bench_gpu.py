@@ -382,20 +382,20 @@ def decode(at: Setting, program: Path | None) -> Figure:
 
 def build_times(device: str) -> list[Figure]:
     """`toy install --device` where nothing was built, and again after one file of kernels changed."""
-    from toy import recipes, runners
+    from toy import builds, recipes
     from toy.config import usable_cores
 
     cores = usable_cores()
     whole = Figure(f"build of the {device} runners, {cores} cores", "s", "< 300", under(300), ratio=False)
     part = Figure(f"the same after a change of {Path(KERNELS[device]).name}", "s", "< 30", under(30), ratio=False)
-    root = runners.find_root()
+    root = builds.find_root()
     targets = [name for name, where in recipes.RUNNERS.items() if where == device]
     folder = root.folder("native", device)
     say(f"building the {device} runners")
     if folder.exists():
         whole.why = f"something was built before: rm -rf {os.path.relpath(folder, root.source)}, and run it again"
     begun = time.monotonic()
-    runners.ensure_built(targets)
+    builds.ensure_built(targets)
     if not whole.why:
         whole.toy.append(time.monotonic() - begun)
     kernel = root.build / "ggml-src" / KERNELS[device]
@@ -404,7 +404,7 @@ def build_times(device: str) -> list[Figure]:
         return [whole, part]
     kernel.touch()
     begun = time.monotonic()
-    ninja = runners.wheel_tool("ninja") or "ninja"
+    ninja = builds.wheel_tool("ninja") or "ninja"
     words = [ninja, "-C", str(folder), "-j", str(cores), *targets]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:

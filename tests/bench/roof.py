@@ -15,7 +15,7 @@ Product = tuple[int, int, int]
 
 
 def build_bench_gemm() -> Path:
-    from toy.runners import ensure_built, find_root, wheel_tool
+    from toy.builds import ensure_built, find_root, wheel_tool
 
     ensure_built(["toy-train", "toy-train-gpt2", "toy-train-lora", "toy-train-vit", "toy-infer"])
     build, cmake = find_root().build / "native", wheel_tool("cmake") or "cmake"

@@ -14,7 +14,7 @@ from refusals import check_document, check_lines
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """The runners' source without anything built; what a fetch once downloaded comes along."""
-    from toy.runners import find_root
+    from toy.builds import find_root
 
     root = find_root()
     copy = tmp_path / "source"

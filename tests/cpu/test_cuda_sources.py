@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from toy import cuda, runners
+from toy import builds, cuda
 
 
 @pytest.mark.parametrize("name", ["training", "opt-step-adamw", "out-prod"])
@@ -15,7 +15,7 @@ def test_a_source_of_the_step_compiles(built: None, tmp_path: Path, name: str) -
     toolkit = cuda.toolkit()
     if toolkit is None or toolkit.missing():
         pytest.skip("no CUDA toolkit here")
-    ggml = runners.find_root().build / "ggml-src"
+    ggml = builds.find_root().build / "ggml-src"
     header = toolkit.header("cublas_v2.h")
     assert header is not None
     flags = ["-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-extended-lambda", "-DGGML_CUDA_STRICT_F32"]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from harness import EXCERPT, ROOT, TINY, Toy, sets
 
-from toy import devices, recipes, runners
+from toy import builds, devices, recipes
 
 #: A device made of software has to be named.
 VISIBLE = {devices.VISIBLE: os.environ.get(devices.VISIBLE, "0")}
@@ -135,7 +135,7 @@ def test_operations_are_those_of_the_cpu(place: Place) -> None:
     """Those that toy adds to ggml, each against the cpu and twice: native/tests/devices."""
     if place.device == "metal":
         pytest.skip("metal leaves them to the cpu")
-    cmake = runners.wheel_tool("cmake")
+    cmake = builds.wheel_tool("cmake")
     folder, target = ROOT / "build" / f"native-{place.device}", f"test-device-{place.device}"
 
     def run(*command: object) -> subprocess.CompletedProcess[str]:

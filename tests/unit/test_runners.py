@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from toy import runners
+from toy import builds, runners
 from toy.errors import ToyError
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> runners.Root:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> builds.Root:
     for name in ("native", "vendor-patches", "libexec"):
         (tmp_path / name).mkdir()
     (tmp_path / "CMakeLists.txt").touch()
     monkeypatch.setenv("TOY_HOME", str(tmp_path))
-    return runners.find_root()
+    return builds.find_root()
 
 
-def script(root: runners.Root, text: str) -> str:
+def script(root: builds.Root, text: str) -> str:
     path = root.libexec / "fake"
     path.write_text("#!/bin/sh\n" + text)
     path.chmod(0o755)
@@ -33,27 +33,27 @@ def script(root: runners.Root, text: str) -> str:
 def test_toy_home_must_be_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_HOME", str(tmp_path))
     with pytest.raises(ToyError, match="TOY_HOME") as caught:
-        runners.find_root()
+        builds.find_root()
     assert caught.value.exit_code == 2
 
 
-def test_no_compiler_is_said_before_anything_is_made(root: runners.Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_said_before_anything_is_made(root: builds.Root, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ToyError, match=r"no C\+\+ compiler") as caught:
-        runners.ensure_built(["toy-train"])
+        builds.ensure_built(["toy-train"])
     assert (caught.value.kind, caught.value.exit_code) == ("build_failed", 1)
     assert "g++" in caught.value.hint
     assert not root.build.exists()
 
 
-def test_a_build_that_fails_names_the_first_error(root: runners.Root, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_build_that_fails_names_the_first_error(root: builds.Root, capsys: pytest.CaptureFixture[str]) -> None:
     (root.source / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.18)\nproject(x CXX)\nadd_executable(toy-train x.cpp)\n"
     )
     (root.source / "x.cpp").write_text("int main() { return nonsense; }\n")
     with pytest.raises(ToyError, match="nonsense") as caught:
-        runners.ensure_built(["toy-train"])
+        builds.ensure_built(["toy-train"])
     assert caught.value.kind == "build_failed"
     assert "build.log" in caught.value.hint
     assert not root.stamp("native").exists()
@@ -61,30 +61,30 @@ def test_a_build_that_fails_names_the_first_error(root: runners.Root, capsys: py
     assert "building toy-train" in capsys.readouterr().err
 
 
-def test_a_build_is_fresh_until_a_source_or_the_runner_changes(root: runners.Root) -> None:
+def test_a_build_is_fresh_until_a_source_or_the_runner_changes(root: builds.Root) -> None:
     (root.source / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.18)\nproject(x CXX)\nadd_executable(toy-train native/x.cpp)\n"
         "set_target_properties(toy-train PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${TOY_LIBEXEC})\n"
     )
     source = root.source / "native" / "x.cpp"
     source.write_text("int main() { return 3; }\n")
-    path = runners.ensure_built(["toy-train"], quiet=True)["toy-train"]
+    path = builds.ensure_built(["toy-train"], quiet=True)["toy-train"]
     assert subprocess.run([path], check=False).returncode == 3
     assert os.listdir(root.libexec) == ["toy-train"], "no temporary file stays"
-    assert runners.build_info()["compiler_version"]
+    assert builds.build_info()["compiler_version"]
     before = root.stamp("native").stat().st_mtime_ns
-    assert runners.is_built(["toy-train"])
-    runners.ensure_built(["toy-train"], quiet=True)
+    assert builds.is_built(["toy-train"])
+    builds.ensure_built(["toy-train"], quiet=True)
     assert root.stamp("native").stat().st_mtime_ns == before, "nothing was built"
     source.write_text("int main() { return 44; }\n")
-    assert not runners.is_built(["toy-train"])
-    runners.ensure_built(["toy-train"], quiet=True)
+    assert not builds.is_built(["toy-train"])
+    builds.ensure_built(["toy-train"], quiet=True)
     assert subprocess.run([path], check=False).returncode == 44
     path.write_text("damaged")
-    assert not runners.is_built(["toy-train"])
+    assert not builds.is_built(["toy-train"])
 
 
-def test_each_device_is_built_where_it_is_asked_for_and_leaves_the_others_alone(root: runners.Root) -> None:
+def test_each_device_is_built_where_it_is_asked_for_and_leaves_the_others_alone(root: builds.Root) -> None:
     (root.source / "CMakeLists.txt").write_text(
         'cmake_minimum_required(VERSION 3.18)\nproject(x CXX)\nset(suffix "")\n'
         "if (NOT TOY_DEVICES STREQUAL cpu)\nset(suffix -${TOY_DEVICES})\nendif()\n"
@@ -93,21 +93,21 @@ def test_each_device_is_built_where_it_is_asked_for_and_leaves_the_others_alone(
         "set_target_properties(${name}${suffix} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${TOY_LIBEXEC})\nendforeach()\n"
     )
     (root.source / "native" / "x.cpp").write_text("#include <cstdio>\nint main() { puts(DEVICE); }\n")
-    runners.ensure_built(["toy-train"], quiet=True)
+    builds.ensure_built(["toy-train"], quiet=True)
     assert os.listdir(root.build) == ["native"], "nothing of a device that nobody asked for"
     before = root.stamp("native").read_bytes()
-    paths = runners.ensure_built(["toy-train-vulkan", "toy-train"], quiet=True)
+    paths = builds.ensure_built(["toy-train-vulkan", "toy-train"], quiet=True)
     for name, device in (("toy-train-vulkan", "vulkan"), ("toy-train", "cpu")):
         assert subprocess.run([paths[name]], check=True, capture_output=True, text=True).stdout == f"{device}\n"
     assert sorted(os.listdir(root.libexec)) == ["toy-train", "toy-train-vulkan"]
     assert root.stamp("native").read_bytes() == before
-    assert runners.is_built(["toy-train-vulkan", "toy-train"])
-    assert not runners.is_built(["toy-train-vulkan", "toy-train-vit-vulkan"])
-    assert runners.build_info("native", "vulkan")["compiler_version"]
+    assert builds.is_built(["toy-train-vulkan", "toy-train"])
+    assert not builds.is_built(["toy-train-vulkan", "toy-train-vit-vulkan"])
+    assert builds.build_info("native", "vulkan")["compiler_version"]
 
 
 def test_lines_come_whole_and_the_environment_is_built_from_nothing(
-    root: runners.Root, monkeypatch: pytest.MonkeyPatch
+    root: builds.Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "x")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
@@ -140,7 +140,7 @@ def test_lines_come_whole_and_the_environment_is_built_from_nothing(
         ("echo 'error: cannot write x: No space left on device' >&2; exit 1", "disk_full", 1, "No space left"),
     ],
 )
-def test_how_it_ended(root: runners.Root, text: str, kind: str, code: int, message: str) -> None:
+def test_how_it_ended(root: builds.Root, text: str, kind: str, code: int, message: str) -> None:
     error = runners.launch(script(root, text), {}).error()
     assert error is not None
     assert (error.kind, error.exit_code) == (kind, code)
@@ -148,12 +148,12 @@ def test_how_it_ended(root: runners.Root, text: str, kind: str, code: int, messa
     assert error.hint
 
 
-def test_only_the_last_lines_of_stderr_are_kept(root: runners.Root) -> None:
+def test_only_the_last_lines_of_stderr_are_kept(root: builds.Root) -> None:
     result = runners.launch(script(root, "i=0; while [ $i -lt 50 ]; do echo line $i >&2; i=$((i+1)); done"), {})
     assert result.stderr == [f"line {n}" for n in range(30, 50)]
 
 
-def test_a_runner_that_is_not_there(root: runners.Root) -> None:
+def test_a_runner_that_is_not_there(root: builds.Root) -> None:
     with pytest.raises(ToyError, match="cannot start") as caught:
         runners.launch("absent", {})
     assert caught.value.kind == "runner_failed"
@@ -174,7 +174,7 @@ time.sleep(900)
 POLITE = PATIENT.replace("None", "(os.write(1, b'saved\\n'), os._exit(130))")
 
 
-def test_one_interrupt_is_passed_on_once(root: runners.Root) -> None:
+def test_one_interrupt_is_passed_on_once(root: builds.Root) -> None:
     out: list[str] = []
     told: list[str] = []
     (root.libexec / "fake.py").write_text(POLITE)
@@ -193,7 +193,7 @@ def test_one_interrupt_is_passed_on_once(root: runners.Root) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
 
 
-def test_the_second_interrupt_kills(root: runners.Root) -> None:
+def test_the_second_interrupt_kills(root: builds.Root) -> None:
     (root.libexec / "fake.py").write_text(PATIENT)
     name = script(root, f"exec {sys.executable} {root.libexec}/fake.py")
     result = runners.launch(name, runners.environment({}), on_stdout=interrupt, on_stop=interrupt)
@@ -204,7 +204,7 @@ def test_the_second_interrupt_kills(root: runners.Root) -> None:
     assert error.kind == "interrupted"
 
 
-def test_an_exception_in_a_callback_stops_the_runner(root: runners.Root) -> None:
+def test_an_exception_in_a_callback_stops_the_runner(root: builds.Root) -> None:
     (root.libexec / "fake.py").write_text(POLITE)
     name = script(root, f"exec {sys.executable} {root.libexec}/fake.py")
 

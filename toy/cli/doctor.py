@@ -41,11 +41,11 @@ def examine() -> list[dict[str, Any]]:
 
 
 def toy_itself() -> list[dict[str, Any]]:
-    from toy import runners
+    from toy import builds
 
     rows = [finding("toy", True, f"{__version__}, Python {platform.python_version()}")]
     try:
-        root = runners.find_root()
+        root = builds.find_root()
     except ToyError as error:
         return [*rows, finding("source", False, error.message, error.hint)]
     rows.append(finding("source", True, str(root.source)))
@@ -60,7 +60,7 @@ def toy_itself() -> list[dict[str, Any]]:
     usable = [device for device in dict.fromkeys(recipes.RUNNERS.values()) if not recipes.device_reason(device)]
     for device, variant in [(device, variant) for device in usable for variant in ("native", "portable")]:
         here = [name for name, where in recipes.RUNNERS.items() if where == device]
-        fresh = [name for name in here if runners.is_built([name], variant)]
+        fresh = [name for name in here if builds.is_built([name], variant)]
         missing = [name for name in here if name not in fresh]
         text = f"{', '.join(fresh) or 'none'} built" + (f"; to build: {', '.join(missing)}" if missing else "")
         option = f" --device {device}" * (device != "cpu") + " --portable" * (variant == "portable")
@@ -71,14 +71,14 @@ def toy_itself() -> list[dict[str, Any]]:
 
 
 def building() -> list[dict[str, Any]]:
-    from toy import runners
+    from toy import builds
 
-    compiler = runners.find_compiler()
+    compiler = builds.find_compiler()
     enables = "needed to build the runners (Debian: apt install g++; macOS: xcode-select --install)"
-    found = f"{compiler}: {runners.compiler_version(compiler)}" if compiler else "none found"
+    found = f"{compiler}: {builds.compiler_version(compiler)}" if compiler else "none found"
     rows = [finding("C++ compiler", compiler is not None, found, enables)]
     for name in ("cmake", "ninja", "pip"):
-        tool = runners.wheel_tool(name) if name != "pip" else None
+        tool = builds.wheel_tool(name) if name != "pip" else None
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -97,7 +97,7 @@ def building() -> list[dict[str, Any]]:
 
 
 def machine() -> list[dict[str, Any]]:
-    from toy import config, runners
+    from toy import builds, config
     from toy.runs import bundle
 
     cpu = bundle.cpu_info()
@@ -117,7 +117,7 @@ def machine() -> list[dict[str, Any]]:
             "memory", True, f"{bytes_text(bundle.memory_bytes())}{available_memory()}", bytes=bundle.memory_bytes()
         ),
     ]
-    for what, place in (("disk, here", Path.cwd()), ("disk, cache", runners.user_cache())):
+    for what, place in (("disk, here", Path.cwd()), ("disk, cache", builds.user_cache())):
         there = place
         while not there.exists():
             there = there.parent

@@ -17,7 +17,7 @@ from toy.errors import ToyError, shown
 @json_option
 def command(device: str, portable: bool, as_json: bool) -> None:
     """Build every runner of a device, so that the first `toy train` starts at once."""
-    from toy import runners
+    from toy import builds
 
     recipes.check_words("from-scratch", "llama", device, {"run.device": "--device"}, ["run.device"])
     if device == recipes.AUTO:
@@ -29,8 +29,8 @@ def command(device: str, portable: bool, as_json: bool) -> None:
         raise ToyError("not_available", f"this toy has no {device} runners yet", "--device cpu works now")
     built = []
     for variant in ("native", "portable") if portable else ("native",):
-        fresh, begun = runners.is_built(targets, variant), time.monotonic()
-        for name, path in runners.ensure_built(targets, variant, quiet=as_json).items():
+        fresh, begun = builds.is_built(targets, variant), time.monotonic()
+        for name, path in builds.ensure_built(targets, variant, quiet=as_json).items():
             row = {"runner": name, "variant": variant, "path": str(path), "was_fresh": fresh}
             built.append(row | {"seconds": round(time.monotonic() - begun, 3)})
             if not as_json:

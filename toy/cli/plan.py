@@ -52,8 +52,8 @@ def earlier_rate(job: Job) -> tuple[float, str] | None:
 
 def make_plan(job: Job) -> dict[str, Any]:
     """The document of `toy train --dry-run`."""
+    from toy.builds import is_built
     from toy.cli.train import disk_bytes, native_plan
-    from toy.runners import is_built
 
     resolved, n_tokens = job.inputs.guess(exact=True)
     config.check(resolved, job.loaded.origins)

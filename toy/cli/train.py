@@ -322,7 +322,7 @@ def check_room(job: Job, cfg: config.Config, n_tokens: int = 0) -> dict[str, Any
 
 
 def run_job(job: Job, *, as_json: bool, sample: bool) -> None:
-    from toy import runners
+    from toy import builds
     from toy.cli.stream import Training
     from toy.runs import claim_id, claim_out
 
@@ -339,8 +339,8 @@ def run_job(job: Job, *, as_json: bool, sample: bool) -> None:
             infer = recipes.INFER.get(job.row.arch)
             if infer and variant == "native":
                 targets.append(infer)  # the sample at the end, and the `toy infer` that comes next, start at once
-            runners.ensure_built(targets, variant)
-            sample = sample and infer is not None and runners.is_built([infer])
+            builds.ensure_built(targets, variant)
+            sample = sample and infer is not None and builds.is_built([infer])
             cfg, env = fill(job, claim)
         except BaseException:
             claim.abandon()

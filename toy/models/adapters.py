@@ -91,9 +91,9 @@ def check(base: Card, adapter: Card) -> None:
 
 def file_sha256(path: Path) -> str:
     """The hash of a file, remembered by path, size and time."""
+    from toy.builds import user_cache
     from toy.corpora.cache import Index
     from toy.corpora.sources import Part
-    from toy.runners import user_cache
 
     status = path.stat()
     part = Part(path, path.name, status.st_size, status.st_mtime_ns)

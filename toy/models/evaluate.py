@@ -68,11 +68,11 @@ def check(subject: Subject) -> None:
 
 def run(subject: Subject, keys: dict[str, object], take: Callable[[list[str]], None]) -> float:
     """Run `toy-eval`, each line of its output split into words and given to `take`; the seconds it took."""
-    from toy import recipes, runners
+    from toy import builds, recipes, runners
 
     runner = target(subject.card, subject.device)
     check(subject)
-    runners.ensure_built([runner])
+    builds.ensure_built([runner])
     env = {
         "GGUF": os.fspath(subject.card.path.absolute()),
         "THREADS": subject.threads,

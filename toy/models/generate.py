@@ -73,11 +73,11 @@ def generate(
     LoRA over the model, which `adapters.check` has found to fit.
     Raises ToyError.
     """
-    from toy import recipes, runners
+    from toy import builds, recipes, runners
 
     runner = target(card, device)
     window = check_prompt(card, prompt, context)
-    runners.ensure_built([runner])
+    builds.ensure_built([runner])
     out = Generation()
     last_words: list[str] = []
 
@@ -154,11 +154,11 @@ def classify(
     card: cards.Card, images: Sequence[str | Path], top: int, *, threads: int = 0, device: str = "cpu"
 ) -> list[list[tuple[str, float]]]:
     """For each image file the likeliest classes of a vit with their probabilities, best first. Raises ToyError."""
-    from toy import corpora, recipes, runners
+    from toy import builds, corpora, recipes, runners
 
     runner = target(card, device)
     seen = cards.vision(card)
-    runners.ensure_built([runner])
+    builds.ensure_built([runner])
     found: list[list[tuple[str, float]]] = []
 
     def line(text: str) -> None:

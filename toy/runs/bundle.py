@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from toy import __version__, config, cuda, devices, runners
+from toy import __version__, builds, config, cuda, devices
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -118,8 +118,8 @@ def meta(
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "toy": __version__,
         "python": platform.python_version(),
-        "ggml": ggml_info(runners.find_root().source),
-        "build": runners.build_info(variant, device),
+        "ggml": ggml_info(builds.find_root().source),
+        "build": builds.build_info(variant, device),
         "cpu": cpu_info(),
         "gpu": gpu_name(device),
         "system": f"{platform.system()} {platform.release()}",
