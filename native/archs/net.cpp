@@ -74,6 +74,24 @@ void set_causal_mask(tensor mask, int64_t n_past) {
     ggml_backend_tensor_set(mask, all.data(), 0, ggml_nbytes(mask));
 }
 
+bool has_attention(ggml_backend_t device, const hparams & hp, int64_t T, int64_t B, bool causal, bool bf16, bool trained) {
+    const int64_t       D = hp.head_dim, H = hp.n_head, K = hp.n_head_kv;
+    const float         scale = 1.0f / std::sqrt((float) D);
+    ggml_context *      ctx   = ggml_init({ /*mem_size =*/32 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
+    const tensor        q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, D, H, T, B), kv = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, D, K, T, B);
+    const tensor        qkv = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, D, H + 2 * K, T, B);
+    std::vector<tensor> ops = { ggml_attn(ctx, q, kv, kv, scale, causal), ggml_attn_qkv(ctx, qkv, K, scale, causal) };   // a family takes either
+    for (const tensor out : ops) {
+        ggml_attn_set_bf16(out, bf16);
+    }
+    if (trained) {
+        ops.insert(ops.end(), { ggml_attn_back(ctx, q, ops[0]), ggml_attn_back(ctx, q, ops[1]) });
+    }
+    const bool all = std::all_of(ops.begin(), ops.end(), [&](const tensor op) { return ggml_backend_supports_op(device, op); });
+    ggml_free(ctx);
+    return all;
+}
+
 // Of operations that every device has: the scores of each head exist, [S, T] of T tokens that see S.
 tensor net::plain_attention(tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine/weights.h"
+#include "ggml-backend.h"
 #include "ggml.h"
 #include "hparams.h"
 
@@ -47,7 +48,7 @@ struct net {
     bool                 f32   = true;      // weights of other types: dequantised into f32 products (training), or as ggml decodes with them
     kv_cache *           cache = nullptr;   // decoding: new keys and values are written into it, as part of gf
     ggml_cgraph *        gf    = nullptr;
-    bool                 fused = true;      // with operations that only the cpu has: several in one pass
+    bool                 fused = true;      // attention is one operation: see has_attention()
     ggml_tensor *        mask  = nullptr;   // not fused: [S, T], -INFINITY where one of T tokens does not see one of S, else 0
     bool                 bf16  = false;     // products of weights and of attention: both sides rounded to bf16, gradients too, sums in f32
 
@@ -65,6 +66,9 @@ struct net {
     ggml_tensor * plain_attention(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, bool causal) const;
     ggml_tensor * product(ggml_tensor * w, ggml_tensor * x) const;
 };
+
+// Whether a device has the attention of T tokens of B sequences as one operation; `trained`: and its gradient. If not, a net is not fused.
+bool has_attention(ggml_backend_t device, const hparams & hp, int64_t T, int64_t B, bool causal, bool bf16, bool trained);
 
 // A net's mask [S, T]: token i of T is the one behind n_past + i others.
 void set_causal_mask(ggml_tensor * mask, int64_t n_past);

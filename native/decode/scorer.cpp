@@ -46,8 +46,10 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     } else {
         in.patches = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, hp.patch_dim(), (int64_t) hp.n_patches() * B);
     }
-    in.last_only       = last_only;
-    ggml_tensor * mask = be.is_cpu() || in.patches ? nullptr : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, T, T);
+    in.last_only        = last_only;
+    const int64_t seen  = patches.empty() ? T : hp.n_ctx;
+    const bool    fused = has_attention(be.handle, hp, seen, B, patches.empty(), /*bf16 =*/false, /*trained =*/false);
+    ggml_tensor * mask  = fused || in.patches ? nullptr : ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, T, T);
     for (ggml_tensor * t : { in.tokens, in.positions, in.patches, mask }) {
         if (t) {
             ggml_set_input(t);
@@ -57,7 +59,7 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     n.lora  = adapter ? &adapter->adapter : nullptr;
     n.f32   = false;   // products of quantised weights as the decoder does them
     n.gf    = gf;
-    n.fused = be.is_cpu();
+    n.fused = fused;
     n.mask  = mask;
 
     ggml_tensor * hidden = family.hidden(n, in);

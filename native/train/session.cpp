@@ -1,5 +1,6 @@
 #include "session.h"
 
+#include "engine/device.h"
 #include "engine/error.h"
 #include "ggml-impl.h"   // ggml_graph_view
 #include "recompute.h"
@@ -58,6 +59,13 @@ void session::declare() {
     }
 }
 
+// Another device's graph on the cpu, which cannot ask that device: of those that there are, metal has no such operation.
+bool session::fused_attention() const {
+    const int64_t T = is_vision() ? hp.n_ctx : cfg.model.context;
+    return cfg.run.device == DEVICE ? has_attention(be.handle, hp, T, cfg.train.micro_batch, !is_vision(), cfg.train.dtype == "bf16", true)
+                                    : cfg.run.device != "metal";
+}
+
 // Inputs live outside the graph's buffer: positions are written once and stay.
 void session::build_inputs() {
     const int64_t B = cfg.train.micro_batch, T = cfg.model.context;
@@ -67,7 +75,7 @@ void session::build_inputs() {
     } else {
         in.tokens    = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T * B);
         in.positions = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, T);
-        mask         = fused() ? nullptr : ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_F32, T, T);
+        mask         = fused_attention() ? nullptr : ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_F32, T, T);
     }
     labels     = ggml_new_tensor_1d(ctx_inputs, GGML_TYPE_I32, is_vision() ? B : T * B);
     seeds      = ggml_new_tensor_2d(ctx_inputs, GGML_TYPE_I32, 2, B);
@@ -118,13 +126,13 @@ void session::build_step() {
     graph                   = ggml_new_graph_custom(ctx_graph, graph_size, true);
     net n                   = { ctx_graph, base ? base->lookup() : w.lookup(), hp };
     n.bf16                  = cfg.train.dtype == "bf16";
-    n.fused                 = fused();
+    n.fused                 = fused_attention();
     n.mask                  = mask;
     if (base) {
         lora   = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), cfg.lora.alpha, (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();
     }
-    const bool whole = is_vision() || !n.fused || n.get(model.head(hp) + std::string(".bias"));
+    const bool whole = is_vision() || !fused() || n.get(model.head(hp) + std::string(".bias"));
     loss             = whole ? class_loss(n) : token_loss(n);
     ggml_set_name(loss, "loss");
     ggml_set_loss(loss);

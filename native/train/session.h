@@ -108,6 +108,7 @@ struct session {
     std::vector<ggml_tensor *> squares;   // [1] each: of the gradients, one stretch after the other
 
     bool          fused() const { return cfg.run.device == "cpu"; }   // with operations that other devices lack
+    bool          fused_attention() const;                            // attention is one operation (net::fused)
     void          declare();
     void          build_inputs();
     void          build_step();

@@ -140,10 +140,10 @@ def test_frozen_tensors_keep_their_hash_and_trained_ones_change(case: Case, tmp_
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_graph_of_other_devices_is_the_same_step(case: Case, tmp_path: Path) -> None:
-    """Without what only the cpu has: attention in tiles, the head with its loss. Computed on the cpu."""
+    """Without what a device may lack: attention in tiles, the head with its loss. Computed on the cpu."""
     from toy import _native
 
-    plain_kv = cut(case, 4).kv.replace("run.device=cpu\n", "run.device=vulkan\n")
+    plain_kv = cut(case, 4).kv.replace("run.device=cpu\n", "run.device=metal\n")
     fused, plain = parity.trainer(cut(case, 4), tmp_path), _native.Trainer(plain_kv, case.env(tmp_path))
     for name, value in fused.weights().items():
         plain.set_weight(name, value)
