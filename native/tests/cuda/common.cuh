@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -18,6 +19,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __launch_bounds__(...)
 #define __shared__      static   // blocks run one after the other
 
 #define threadIdx cuda_threads::thread
@@ -43,6 +45,10 @@ inline void __syncthreads() {
     cuda_threads::meet_block(false);
 }
 
+inline void __syncwarp() {
+    cuda_threads::meet_warp(cuda_threads::WARP_BARRIER, 0, 0);
+}
+
 inline int __syncthreads_or(int value) {
     return cuda_threads::meet_block(value != 0);
 }
@@ -62,6 +68,10 @@ inline uint32_t __ballot_sync(unsigned, int value) {
 
 inline int __popc(uint32_t x) {
     return __builtin_popcount(x);
+}
+
+inline int min(int a, int b) {
+    return a < b ? a : b;
 }
 
 inline float rsqrtf(float x) {
@@ -106,11 +116,20 @@ struct ggml_cuda_kernel_launch_params {
     ggml_cuda_kernel_launch_params(dim3 nums, dim3 dims, size_t shmem, cudaStream_t stream) : block_nums(nums), block_dims(dims), shmem(shmem), stream(stream) {}
 };
 
+// A kernel has 48 KiB of its launch's shared memory, or what was asked for.
+inline size_t & shared_memory_limit(const void * kernel) {
+    static std::map<const void *, size_t> limits;
+    return limits[kernel];
+}
+
+#define CUDA_SET_SHARED_MEMORY_LIMIT(kernel, nbytes) (shared_memory_limit((const void *) (kernel)) = (nbytes))
+
 template <typename... Params, typename... Args>
 inline void ggml_cuda_kernel_launch(void (*kernel)(Params...), const ggml_cuda_kernel_launch_params & launch, Args &&... args) {
     static_assert((sizeof(Params) + ... + 0) <= 4096, "a kernel's parameters take 4 KiB at most");
     const std::tuple<std::remove_const_t<Params>...> values(std::forward<Args>(args)...);
-    cuda_threads::launch(launch.block_nums, launch.block_dims, [&]() { std::apply(kernel, values); });
+    GGML_ASSERT(launch.shmem <= 48 * 1024 || shared_memory_limit((const void *) kernel) >= launch.shmem);
+    cuda_threads::launch(launch.block_nums, launch.block_dims, launch.shmem, [&]() { std::apply(kernel, values); });
 }
 
 // Memory is full of huge numbers, and what is written behind its end is seen.
@@ -181,6 +200,23 @@ int cublasGemmBatchedEx(cublasHandle_t, cublasOperation_t opa, cublasOperation_t
                         void ** c, cudaDataType_t type_c, int64_t ldc, int64_t n_batch, cublasComputeType_t, cublasGemmAlgo_t);
 
 // --- ggml-cuda ------------------------------------------------------------------------------------------------------
+
+struct ggml_cuda_device_info {
+    struct cuda_device_info {
+        int    cc;
+        size_t smpbo;
+    };
+    cuda_device_info devices[1];
+};
+
+inline const ggml_cuda_device_info & ggml_cuda_info() {
+    static const ggml_cuda_device_info info = { { { 900, 227 * 1024 } } };
+    return info;
+}
+
+inline bool ampere_mma_available(int cc) {
+    return cc >= 800;
+}
 
 struct ggml_backend_cuda_context {
     ggml_cuda_pool scratch;

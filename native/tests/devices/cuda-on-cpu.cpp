@@ -1,5 +1,6 @@
-// The operations that patch 0035 gives ggml-cuda as a device of their own, their kernels run by the CPU: test-device's checks of them need
+// The operations that patches 0035 and 0037 give ggml-cuda as a device of their own, their kernels run by the CPU: test-device's checks of them need
 // no GPU. Memory, streams and cuBLAS are native/tests/cuda's; what ggml-cuda has besides is not here.
+#include "attn.cuh"
 #include "engine/device.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
@@ -24,6 +25,9 @@ static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
             return true;
         case GGML_OP_OUT_PROD:
             return ggml_cuda_out_prod_supported(op);
+        case GGML_OP_ATTN:
+        case GGML_OP_ATTN_BACK:
+            return ggml_cuda_attn_supported(0, op);
         default:
             return sums_rows(op) || ggml_cuda_training_supports_op(op);
     }
@@ -49,6 +53,12 @@ static ggml_status graph_compute(ggml_backend_t, ggml_cgraph * graph) {
                 break;
             case GGML_OP_OUT_PROD:
                 ggml_cuda_out_prod(ctx, node);
+                break;
+            case GGML_OP_ATTN:
+                ggml_cuda_attn(ctx, node);
+                break;
+            case GGML_OP_ATTN_BACK:
+                ggml_cuda_attn_back(ctx, node);
                 break;
             case GGML_OP_REPEAT_BACK:
                 GGML_ASSERT(ggml_cuda_sum_of_rows(ctx, node));

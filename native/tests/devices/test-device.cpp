@@ -186,6 +186,60 @@ static void add_cuda_cases(std::vector<op_case> & all) {
         2e-6);
 }
 
+// Attention and its gradient, of operands that lie apart and of one product: sizes that fill tiles and that do not, one tile and several
+static void add_attention_cases(std::vector<op_case> & all) {
+    struct shape {
+        int64_t D, H, K, T, S, B;
+        bool    causal;
+    };
+    const shape shapes[] = {
+        { 64, 4, 2, 150, 150, 2, true },  { 16, 4, 4, 64, 64, 2, true },    { 5, 3, 1, 65, 65, 2, true },    { 33, 2, 1, 70, 70, 1, true },
+        { 64, 3, 3, 197, 197, 1, false }, { 48, 9, 3, 40, 40, 2, true },    { 1, 2, 2, 7, 7, 3, true },      { 20, 4, 1, 1, 1, 2, true },
+        { 40, 6, 2, 2, 130, 1, true },    { 24, 6, 3, 3, 3, 2, false },     { 80, 1, 1, 130, 241, 1, true }, { 7, 5, 5, 129, 30, 4, false },
+        { 100, 2, 2, 17, 225, 2, true },  { 128, 2, 1, 64, 113, 1, false }, { 130, 2, 1, 70, 70, 1, true },  { 256, 2, 1, 9, 120, 1, true },
+        { 32, 3, 1, 290, 290, 1, true },  { 64, 2, 1, 260, 300, 1, true },
+    };
+    for (const shape & s : shapes) {
+        for (const bool joint : { false, true }) {
+            // the gradients of operands that lie apart are padded to 4 elements, with whatever was there
+            if (joint ? s.T != s.S : s.D * s.H * s.T * s.B % 4 != 0 || s.D * s.K * s.S * s.B % 4 != 0) {
+                continue;
+            }
+            for (const bool bf16 : { false, true }) {
+                const auto attention = [=](ggml_context * ctx, std::vector<tensor> & sources) {
+                    const float scale = 6.0f / std::sqrt((float) s.D);   // so that the softmax is neither flat nor a step
+                    tensor      y;
+                    if (joint) {
+                        y = ggml_attn_qkv(ctx, f32(ctx, sources, { s.D, s.H + 2 * s.K, s.T, s.B }), s.K, scale, s.causal);
+                    } else {   // heads before tokens, and tokens with something between them
+                        tensor q = ggml_permute(ctx, f32(ctx, sources, { s.D, s.T, s.H, s.B }), 0, 2, 1, 3);
+                        tensor k = f32(ctx, sources, { s.D, s.K + 1, s.S, s.B });
+                        k        = ggml_view_4d(ctx, k, s.D, s.K, s.S, s.B, k->nb[1], k->nb[2], k->nb[3], k->nb[1]);
+                        y        = ggml_attn(ctx, q, k, f32(ctx, sources, { s.D, s.K, s.S, s.B }), scale, s.causal);
+                    }
+                    ggml_attn_set_bf16(y, bf16);
+                    return y;
+                };
+                const std::string name  = format("attention of %lld, %lld heads to %lld, %lld to %lld, %lld%s%s%s", (long long) s.D, (long long) s.H,
+                                                 (long long) s.K, (long long) s.T, (long long) s.S, (long long) s.B, s.causal ? ", causal" : "",
+                                                 joint ? ", of one product" : "", bf16 ? ", in bf16" : "");
+                // both round operands and what goes from one product into the next, to 2^-9 of each and not at the same places
+                const double      limit = bf16 ? 8e-3 : 1e-5;
+                all.push_back({ name, attention, limit, {}, /*cuda =*/bf16 });
+                all.push_back({ name + ": gradient",
+                                [=](ggml_context * ctx, std::vector<tensor> & sources) {
+                                    tensor y = attention(ctx, sources);
+                                    tensor g = f32(ctx, sources, { s.D, s.H + 1, s.T, s.B });
+                                    return ggml_attn_back(ctx, ggml_view_4d(ctx, g, s.D, s.H, s.T, s.B, g->nb[1], g->nb[2], g->nb[3], g->nb[1]), y);
+                                },
+                                limit,
+                                {},
+                                /*cuda =*/bf16 });
+            }
+        }
+    }
+}
+
 static std::vector<op_case> cases() {
     std::vector<op_case> all;
     const auto           set = [](tensor t, bool on) {
@@ -287,11 +341,13 @@ static std::vector<op_case> cases() {
                         },
                         1e-5, ids });
     }
+    add_attention_cases(all);
     add_cuda_cases(all);
     return all;
 }
 
-int main() {
+// test-device [part of a name]: all cases, or those of that name
+int main(int argc, char ** argv) {
     ggml_backend_t cpu = ggml_backend_cpu_init();
     ggml_backend_t device;
     try {
@@ -301,6 +357,9 @@ int main() {
         return 77;   // ctest: skipped
     }
     for (const op_case & c : cases()) {
+        if (argc > 1 && c.name.find(argv[1]) == std::string::npos) {
+            continue;
+        }
         const std::vector<float> want = run_on(cpu, c), got = run_on(device, c), again = run_on(device, c);
         if (got.empty() && c.cuda && strcmp(toy::DEVICE, "cuda") != 0) {
             continue;
