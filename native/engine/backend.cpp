@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <new>
 #include <thread>
 #ifdef __linux__
 #include <sched.h>
@@ -76,8 +77,26 @@ void check_status(ggml_status status) {
     }
 }
 
+void checked(ggml_backend_t device, const std::function<ggml_status()> & compute) {
+    try {
+        check_status(compute());
+    } catch (const std::bad_alloc & e) {
+        const std::string what = e.what();   // of C++ itself it says nothing
+        size_t            left = 0, total = 0;
+        if (what == std::bad_alloc().what()) {
+            throw;
+        }
+        ggml_backend_dev_memory(ggml_backend_get_device(device), &left, &total);
+        const double gib = 1 << 30;
+        throw error(
+            "oom", EXIT_FAILED,
+            format("the %s device is out of memory: %s; %.2f of %.2f GiB are free", DEVICE, what.c_str(), (double) left / gib, (double) total / gib),
+            "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd");
+    }
+}
+
 void backend::compute(ggml_cgraph * graph) {
-    check_status(ggml_backend_graph_compute(handle, graph));
+    checked(handle, [&]() { return ggml_backend_graph_compute(handle, graph); });
 }
 
 size_t backend::work_bytes(ggml_cgraph * graph) const {

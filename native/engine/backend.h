@@ -4,6 +4,7 @@
 #include "ggml-backend.h"
 
 #include <cstddef>
+#include <functional>
 #include <string>
 
 struct ggml_threadpool;
@@ -32,6 +33,10 @@ struct backend {
 };
 
 void check_status(ggml_status status);   // of a computation. Throws toy::error (runner_failed, oom)
+
+// A computation of `device` and its status. A device's library takes scratch memory as it computes: where there is none left, toy::error (oom) says
+// how much was wanted. Throws toy::error (runner_failed, oom)
+void checked(ggml_backend_t device, const std::function<ggml_status()> & compute);
 
 // Advice that a large buffer lie in large pages, before it is touched: passes over all weights miss the processor's table of pages less often.
 void use_huge_pages(ggml_backend_buffer_t buffer);

@@ -45,6 +45,9 @@ adamw::adamw(const config & cfg, const weights & w, backend & be) : cfg(cfg), w(
         ggml_build_forward_expand(graph, ggml_opt_step_adamw(ctx, p.w, p.g, p.m, p.v, hyper[p.embedding][p.decay]));
     }
     buf = ggml_backend_alloc_ctx_tensors(ctx, be.states);
+    if (!buf) {
+        throw error("oom", EXIT_FAILED, "cannot allocate the optimizer's parameters", "lower train.micro_batch, model.context or model.n_embd");
+    }
 }
 
 adamw::~adamw() {
@@ -101,7 +104,7 @@ void adamw::step(int step, double lr, double norm) {
         };
         ggml_backend_tensor_set(hyper[embedding][decay], h, 0, sizeof(h));
     }
-    check_status(ggml_backend_graph_compute(be.states, graph));
+    checked(be.states, [&]() { return ggml_backend_graph_compute(be.states, graph); });
 }
 
 size_t adamw::bytes() const {

@@ -113,7 +113,7 @@ void placement::compute(ggml_cgraph * g) {
     if (n_placed != g->n_nodes && !place(g->n_nodes)) {
         check_status(GGML_STATUS_ALLOC_FAILED);
     }
-    check_status(ggml_backend_sched_graph_compute(sched, graph));
+    checked(be.handle, [&]() { return ggml_backend_sched_graph_compute(sched, graph); });
 }
 
 void placement::walk(const std::function<bool(ggml_tensor * node)> & seen) {
@@ -207,7 +207,7 @@ void graph_memory::compute(ggml_cgraph * graph) {
     if (galloc) {
         be.compute(graph);
     } else {
-        check_status(ggml_backend_sched_graph_compute(sched, graph));
+        checked(be.handle, [&]() { return ggml_backend_sched_graph_compute(sched, graph); });
     }
 }
 

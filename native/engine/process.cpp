@@ -6,6 +6,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 
 namespace toy {
 
@@ -54,6 +55,10 @@ int runner_main(const std::function<int()> & body) {
     } catch (const error & e) {
         fprintf(stderr, "error: %s\nhint: %s\nkind: %s\n", e.what(), e.hint.c_str(), e.kind.c_str());
         return e.exit_code;
+    } catch (const std::bad_alloc & e) {
+        // a device's library says how much it wanted
+        fprintf(stderr, "error: out of memory (%s)\nhint: a smaller model or a shorter context needs less\nkind: oom\n", e.what());
+        return EXIT_FAILED;
     } catch (const std::exception & e) {
         fprintf(stderr, "error: %s\nhint: please report this with the names of the model and the data\n", e.what());
         return EXIT_FAILED;
