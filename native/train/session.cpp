@@ -12,6 +12,9 @@
 
 namespace toy {
 
+// Of the rows of logits that exist at once on a device: enough that reading the head and its gradient once for each of them costs little.
+static const int64_t DEVICE_LOGITS = 512 << 20;   // bytes
+
 static hparams shape_of(const config & cfg, const model_file * base) {
     if (!base) {
         return hparams::from_config(cfg);
@@ -95,7 +98,7 @@ void session::build_inputs() {
     }
 }
 
-// Logits kept whole: few classes, because accuracy reads them, and devices, which have no other loss.
+// Logits kept whole: few classes, because accuracy reads them, and devices that have no other loss.
 ggml_tensor * session::class_loss(const net & n) {
     logits = model.forward(n, in);
     ggml_set_name(logits, "logits");
@@ -103,18 +106,41 @@ ggml_tensor * session::class_loss(const net & n) {
     return ggml_cross_entropy_sparse(n.ctx, logits, labels, scale);
 }
 
-// A vocabulary on the cpu: its logits would be the largest tensor of all, so that the loss, the gradient of what the head reads and that of the head
-// itself (if it is trained, straight into its buffer) come from one operation that makes a few rows of them at a time.
+// A vocabulary: its logits would be the largest tensor of all, so that the loss, the gradient of what the head reads and that of the head
+// itself (if it is trained, straight into its buffer) come from one operation that makes some rows of them at a time.
 ggml_tensor * session::token_loss(const net & n) {
     ggml_tensor * x    = model.hidden(n, in);   // [C, T*B]
     ggml_tensor * head = n.get(model.head(hp) + std::string(".weight"));
     ggml_tensor * dx   = ggml_new_tensor_2d(n.ctx, GGML_TYPE_F32, x->ne[0], x->ne[1]);
     const auto    own  = std::find_if(w.params.begin(), w.params.end(), [&](const param & p) { return p.w == head; });
     ggml_tensor * sum  = ggml_linear_cross_entropy(n.ctx, x, head, labels, scale, loss_grad, dx, own == w.params.end() ? nullptr : own->g);
+    if (cfg.run.device != "cpu") {
+        ggml_linear_cross_entropy_set_rows(sum, std::max<int64_t>(256, DEVICE_LOGITS / (int64_t) sizeof(float) / head->ne[1]));
+    }
     if (n.bf16) {
         ggml_mul_mat_set_prec(sum, GGML_PREC_BF16);
     }
     return sum;
+}
+
+bool session::fused_loss(const net & n) const {
+    const ggml_tensor * head = n.get(model.head(hp) + std::string(".weight"));
+    if (is_vision() || n.get(model.head(hp) + std::string(".bias"))) {
+        return false;
+    }
+    if (cfg.run.device != DEVICE) {
+        return cfg.run.device == "cuda";   // a step that another program computes
+    }
+    const bool     trained = std::any_of(w.trained.begin(), w.trained.end(), [&](const param & p) { return p.w == head; });
+    ggml_context * ctx     = ggml_init({ /*mem_size =*/16 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
+    ggml_tensor *  own = ggml_new_tensor_2d(ctx, head->type, head->ne[0], head->ne[1]), *x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, head->ne[0], 1);
+    ggml_tensor *  one = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1), *id = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+    ggml_tensor *  sum = ggml_linear_cross_entropy(ctx, x, own, id, one, one, ggml_dup_tensor(ctx, x), trained ? ggml_dup_tensor(ctx, own) : nullptr);
+    ggml_mul_mat_set_prec(sum, n.bf16 ? GGML_PREC_BF16 : GGML_PREC_DEFAULT);
+    // what writes a gradient that the cpu keeps is the cpu's: not the products with the whole vocabulary
+    const bool there = (!trained || be.states == be.handle) && ggml_backend_supports_op(be.handle, sum);
+    ggml_free(ctx);
+    return there;
 }
 
 void session::build_step() {
@@ -132,8 +158,7 @@ void session::build_step() {
         lora   = std::make_unique<lora_adapter>(lora_adapter{ w.lookup(), cfg.lora.alpha, (float) cfg.lora.dropout, seeds });
         n.lora = lora.get();
     }
-    const bool whole = is_vision() || !fused() || n.get(model.head(hp) + std::string(".bias"));
-    loss             = whole ? class_loss(n) : token_loss(n);
+    loss = fused_loss(n) ? token_loss(n) : class_loss(n);
     ggml_set_name(loss, "loss");
     ggml_set_loss(loss);
     ggml_set_output(loss);
@@ -428,6 +453,8 @@ float session::run(ggml_cgraph * g, const batch & b, float loss_scale, float gra
     ggml_backend_tensor_set(seeds, b.seeds.data(), 0, ggml_nbytes(seeds));
     ggml_backend_tensor_set(scale, &loss_scale, 0, sizeof(loss_scale));
     ggml_backend_tensor_set(loss_grad, &grad, 0, sizeof(grad));
+    // a device cannot tell before it computes
+    loss->flags = grad == 0 ? loss->flags | GGML_TENSOR_FLAG_LOSS_ONLY : loss->flags & ~GGML_TENSOR_FLAG_LOSS_ONLY;
     place->compute(g);
     float value;
     ggml_backend_tensor_get(loss, &value, 0, sizeof(value));

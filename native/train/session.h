@@ -109,6 +109,7 @@ struct session {
 
     bool          fused() const { return cfg.run.device == "cpu"; }   // with operations that other devices lack
     bool          fused_attention() const;                            // attention is one operation (net::fused)
+    bool          fused_loss(const net & n) const;                    // the head and its loss are one operation
     void          declare();
     void          build_inputs();
     void          build_step();

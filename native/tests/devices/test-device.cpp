@@ -86,6 +86,42 @@ static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
     return values;
 }
 
+// The head and its loss, in chunks of some rows: the gradients of both are sources, which are compared too
+static void add_linear_cross_entropy_cases(std::vector<op_case> & all) {
+    const int64_t        n_embd = 64, n_tokens = 13;
+    std::vector<int32_t> labels(n_tokens);
+    for (size_t i = 0; i < labels.size(); i++) {
+        labels[i] = i % 5 == 2 ? -1 : (int32_t) (i * 7 % 11);   // some masked
+    }
+    enum { SET, ADDED, LOSS_ONLY, FROZEN };   // the gradient of the head is set, or added to; there are none now; there is none
+    const auto add = [&](int64_t n_vocab, int64_t n_rows, bool bf16, ggml_type type, int which) {
+        const auto build = [=](ggml_context * ctx, std::vector<tensor> & s) {
+            tensor x = f32(ctx, s, { n_embd, n_tokens }), w = typed(ctx, s, type, { n_embd, n_vocab }), y = i32(ctx, s, n_tokens);
+            tensor scale = f32(ctx, s, { 1 }), grad = f32(ctx, s, { 1 }), dx = f32(ctx, s, { n_embd, n_tokens });
+            tensor dw  = which == FROZEN ? nullptr : f32(ctx, s, { n_embd, n_vocab });
+            tensor sum = ggml_linear_cross_entropy(ctx, x, w, y, scale, grad, dx, dw);
+            if (n_rows > 0) {
+                ggml_linear_cross_entropy_set_rows(sum, n_rows);
+            }
+            ggml_mul_mat_set_prec(sum, bf16 ? GGML_PREC_BF16 : GGML_PREC_F32);
+            sum->flags |= which == SET ? GGML_TENSOR_FLAG_SET : which == LOSS_ONLY ? GGML_TENSOR_FLAG_LOSS_ONLY : 0;
+            return sum;
+        };
+        // in bf16 a gradient of the logits that differs in its last bit may be rounded to the other side: by 1/256 of itself
+        all.push_back({ format("linear_cross_entropy of %s %lld, %lld rows, %d%s", ggml_type_name(type), (long long) n_vocab, (long long) n_rows,
+                               which, bf16 ? " in bf16" : ""),
+                        build, bf16 ? 1e-3 : 2e-5, labels, /*cuda =*/true });
+    };
+    for (const bool bf16 : { false, true }) {
+        for (const int which : { SET, ADDED, LOSS_ONLY, FROZEN }) {
+            add(257, /*n_rows =*/5, bf16, GGML_TYPE_F32, which);
+        }
+        add(1027, /*n_rows =*/0, bf16, GGML_TYPE_F32, SET);   // as it is made
+        add(11, /*n_rows =*/100, bf16, GGML_TYPE_BF16, FROZEN);
+        add(11, /*n_rows =*/4, bf16, GGML_TYPE_Q8_0, FROZEN);
+    }
+}
+
 // What CUDA has besides: products of other types and in bf16, broadcast or with transposed operands, and the rest of a step
 static void add_cuda_cases(std::vector<op_case> & all) {
     const auto add = [&](const std::string & name, std::function<tensor(ggml_context *, std::vector<tensor> &)> build, double limit,
@@ -343,6 +379,7 @@ static std::vector<op_case> cases() {
     }
     add_attention_cases(all);
     add_cuda_cases(all);
+    add_linear_cross_entropy_cases(all);
     return all;
 }
 
