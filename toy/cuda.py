@@ -130,6 +130,11 @@ def devices() -> tuple[tuple[str, int], ...]:
     return driver[1] if driver else ()
 
 
+def has_bf16() -> bool:
+    """Whether the first GPU computes products in bf16 as fast as in f16: compute capability 8.0 and later."""
+    return bool(devices()) and devices()[0][1] >= 80
+
+
 @functools.cache
 def compiler_version(nvcc: Path) -> int:
     """13000 for CUDA 13.0; 0 where the compiler does not say."""
@@ -171,5 +176,8 @@ def about() -> str:
     if driver is None or not driver[1] or found is None:
         return ""
     version, [(name, capability), *_] = driver
-    text = f"{name}, compute capability {capability // 10}.{capability % 10}"
+    text = (
+        f"{name}, compute capability {capability // 10}.{capability % 10}, trains in {'bf16' if has_bf16() else 'f32'}"
+    )
+    text += " unless train.dtype says otherwise"
     return f"{text}; driver: CUDA {version // 1000}.{version % 1000 // 10}; {found.nvcc}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from toy.errors import ToyError, nearest
 
@@ -258,6 +258,15 @@ def check_flags(recipe: str, given: Iterable[str]) -> None:
                 f"{flag} belongs to the recipe{'s' if len(homes) > 1 else ''} {' and '.join(homes)}, not to {recipe}",
                 f"leave {flag} out, or choose --recipe {homes[0]}",
             )
+
+
+def default_dtype(row: Row) -> Literal["f32", "bf16"]:
+    """What train.dtype is where nobody says: the faster one of a GPU that has it."""
+    if row.device == "cuda" and "bf16" in row.dtypes:
+        from toy import cuda
+
+        return "bf16" if cuda.has_bf16() else "f32"
+    return "f32"
 
 
 def check_knobs(row: Row, dtype: str, origin: str = "") -> None:

@@ -201,7 +201,13 @@ def test_cuda_without_and_with_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.setattr(cuda, "compiler_version", lambda nvcc: 13050)
         assert said in recipes.device_reason("cuda")
     assert recipes.device_reason("cuda") == ""
-    assert recipes.select("from-scratch", "llama", "cuda").target == "toy-train-cuda"
+    row = recipes.select("from-scratch", "llama", "cuda")
+    assert row.target == "toy-train-cuda"
+    for capability, dtype in ((75, "f32"), (80, "bf16"), (90, "bf16")):
+        monkeypatch.setattr(cuda, "_driver", lambda capability=capability: (13050, (("GPU", capability),)))
+        assert recipes.default_dtype(row) == dtype
+        assert f"trains in {dtype}" in cuda.about()
+    assert recipes.default_dtype(replace(row, device="cpu")) == "f32"
 
 
 @pytest.mark.parametrize(("flag", "home"), [("--rank", "lora"), ("--images", "vit-tiny"), ("--init", "warm-start")])

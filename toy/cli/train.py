@@ -173,6 +173,9 @@ def prepare_job(
     inputs = INPUTS[cfg.run.recipe](loaded, early, project, cache)
     inputs.settle()
     row = inputs.row = recipes.select(cfg.run.recipe, cfg.run.arch, cfg.run.device)
+    if loaded.origins["train.dtype"] == "default" and cfg.train.dtype != (dtype := recipes.default_dtype(row)):
+        cfg.train.dtype = dtype
+        say(f"note: train.dtype is {dtype}, {row.device}'s default")
     recipes.check_knobs(row, cfg.train.dtype, loaded.origins["train.dtype"])
     if cfg.log.profile and row.device != "cpu":
         message = (

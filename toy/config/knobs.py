@@ -225,7 +225,8 @@ class Train(Section):
     grad_clip: float = knob(1.0, "Largest global norm of the gradient; 0: no clipping.", min=0.0, max=1e6)
     dtype: Literal["f32", "bf16"] = knob(
         "f32",
-        "Products of weights: f32, or rounded to bf16 as they are computed, with sums and everything stored in f32.",
+        "Products of weights: f32, or rounded to bf16 as they are computed, with sums and everything stored in f32;"
+        " where nobody says, cuda takes bf16 if the GPU has it.",
     )
     freeze: str = knob(
         "",
