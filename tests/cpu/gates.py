@@ -3,10 +3,13 @@ step lines.
 
     python tests/cpu/gates.py [NAME ...]        record them anew (all of them, unless named)
     python tests/cpu/gates.py --base            make shakespeare-mixed.gguf anew; then lora and warm-start change too
+    python tests/cpu/gates.py --device cuda     record those of a device, DEVICE/NAME.txt, and which one it is
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +34,11 @@ def train(toy: Toy, name: str, *more: object) -> Result:
     return toy("train", "--config", GATES / f"{name}.yml", "--no-sample", *more, timeout=900)
 
 
+def on_device(device: str) -> tuple[object, ...]:
+    """The flags of a gate's run on another device: in f32, whatever that device would rather train in."""
+    return ("--device", device, *sets({"run.build": "native", "train.dtype": "f32"}))
+
+
 def make_base(toy: Toy) -> None:
     """A llama of 140,000 parameters, trained for half a minute, its matrices rounded to TYPES."""
     shape = {
@@ -49,15 +57,27 @@ def make_base(toy: Toy) -> None:
 
 
 def main() -> None:
-    names = [name for name in sys.argv[1:] if name != "--base"] or NAMES
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--base", action="store_true")
+    parser.add_argument("--device", default="")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(NAMES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}: of {', '.join(NAMES)}")
+    folder = GATES / args.device
+    flags = on_device(args.device) if args.device else ()
     with tempfile.TemporaryDirectory() as scratch:
         toy = Toy(Path(scratch))
-        if "--base" in sys.argv:
+        if args.base:
             make_base(toy)
-        for name in names:
-            train(toy, name, "--out", name).ok()
-            toy("gate", "record", name, GATES / f"{name}.txt", "--force").ok()
-            print(name, (GATES / f"{name}.txt").read_text().splitlines()[-1])
+        for name in args.names or NAMES:
+            train(toy, name, "--out", name, *flags).ok()
+            folder.mkdir(exist_ok=True)
+            toy("gate", "record", name, folder / f"{name}.txt", "--force").ok()
+            print(name, (folder / f"{name}.txt").read_text().splitlines()[-1])
+            if args.device:  # the bytes are this device's, and a driver's
+                gpu = json.loads((toy.cwd / name / "meta.json").read_text())["gpu"]
+                (folder / "device").write_text(f"{gpu}\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pytest
 from harness import EXCERPT, ROOT, TINY, Toy, sets
 
 from toy import builds, devices, recipes
+from toy.runs import bundle
 
 #: A device made of software has to be named.
 VISIBLE = {devices.VISIBLE: os.environ.get(devices.VISIBLE, "0")}
@@ -45,7 +46,12 @@ CASES: dict[str, tuple[tuple[object, ...], float]] = {
     "vit-tiny": (("vit-tiny", "--images", ROOT / "data" / "digits", *SMALL_VIT), 1e-4),
 }
 LIBRARIES = (f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
-FEW = ("--steps", 6, "--threads", 2, *sets(eval__every=3, checkpoint__every=3), "--no-sample", "--json")
+#: In f32, whatever a device trains in unless it is told.
+FEW = (
+    "--steps", 6, "--threads", 2, "--no-sample", "--json",
+    *sets(eval__every=3, checkpoint__every=3, train__dtype="f32"),
+)  # fmt: skip
+GATES = ROOT / "data" / "gates"
 
 
 @dataclass
@@ -108,6 +114,22 @@ def test_a_recipe_learns_what_the_cpu_learns(place: Place, name: str) -> None:
             for device in ("cpu", place.device)
         ]
         assert scored[1]["loss"] == pytest.approx(scored[0]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in GATES.glob("*.yml")))
+def test_the_gate_of_the_device(place: Place, name: str) -> None:
+    """What was recorded on a device like this one, to the byte."""
+    record = f"python tests/cpu/gates.py --device {place.device}"
+    folder = GATES / place.device
+    if not (folder / f"{name}.txt").is_file():
+        pytest.skip(f"no gate of {place.device} is recorded: {record}")
+    of, here = (folder / "device").read_text().strip(), bundle.gpu_name(place.device)
+    if of != here:
+        pytest.skip(f"the gates of {place.device} were recorded on {of}, and this is {here}")
+    flags = sets(run__build="native", train__dtype="f32")
+    place.train("--config", GATES / f"{name}.yml", "--no-sample", *flags, out=f"gate-{name}").ok()
+    result = place.toy("gate", "check", f"gate-{name}", folder / f"{name}.txt")
+    assert result.code == 0, f"{result.stdout}{result.stderr}if it is meant: {record} {name}"
 
 
 def test_a_run_moves_to_another_device(place: Place) -> None:
