@@ -74,7 +74,7 @@ def _root(nvcc: Path) -> Path:
 
 
 def cmake_options(links: Path) -> list[str]:
-    """How CMake finds the toolkit. `links` becomes a folder of the libraries under their plain names."""
+    """How CMake finds the toolkit. `links` becomes a folder of the libraries under all their names."""
     found = toolkit()
     if found is None:
         return []
@@ -82,10 +82,12 @@ def cmake_options(links: Path) -> list[str]:
     options = [f"-DCMAKE_CUDA_COMPILER={found.nvcc}", f"-DCUDAToolkit_ROOT={found.folders[0]}"]
     for name in LIBRARIES:
         if library := found.library(name):
-            link = links / f"lib{name}.so"
-            link.unlink(missing_ok=True)
-            link.symlink_to(library)
-            options.append(f"-DCUDA_{name}_LIBRARY={link}")
+            plain = f"lib{name}.so"
+            # with its numbers too: a runner is linked with the plain name, and looks for a numbered one in the same folder
+            for file in {plain, *(path.name for path in library.parent.glob(f"{plain}.*"))}:
+                (links / file).unlink(missing_ok=True)
+                (links / file).symlink_to(library if file == plain else library.parent / file)
+            options.append(f"-DCUDA_{name}_LIBRARY={links / plain}")
     options.append(f"-DCUDA_CUDART={links / 'libcudart.so'}")
     flags = [
         f"-L{folder / below}" for folder in found.folders for below in ("lib64", "lib") if (folder / below).is_dir()
