@@ -83,7 +83,7 @@ def cmake_options(links: Path) -> list[str]:
     for name in LIBRARIES:
         if library := found.library(name):
             plain = f"lib{name}.so"
-            # with its numbers too: a runner is linked with the plain name, and looks for a numbered one in the same folder
+            # with its numbers too: linked with the plain name, a runner looks for a numbered one in the same folder
             for file in {plain, *(path.name for path in library.parent.glob(f"{plain}.*"))}:
                 (links / file).unlink(missing_ok=True)
                 (links / file).symlink_to(library if file == plain else library.parent / file)

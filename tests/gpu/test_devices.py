@@ -6,19 +6,21 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import EXCERPT, ROOT, TINY, Toy, sets
+from killing import JOBS, new_folder
 
-from toy import builds, devices, recipes
+from toy import builds, cuda, devices, recipes
 from toy.runs import bundle
 
 #: A device made of software has to be named.
@@ -174,6 +176,35 @@ def test_operations_are_those_of_the_cpu(place: Place) -> None:
             # buffer that is being recorded anew
             done = run(*command)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def sanitizer() -> Path | None:
+    toolkit = cuda.toolkit()
+    places = [folder / "bin" / "compute-sanitizer" for folder in toolkit.folders] if toolkit else []
+    found = shutil.which("compute-sanitizer")
+    return next((path for path in places if path.is_file()), Path(found) if found else None)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_the_sanitizer_finds_nothing(place: Place, tmp_path: Path, dtype: str, tool: str) -> None:
+    """A few steps of the bench's shape S and an evaluation, in micro-batches; without the command line, which keeps
+    from the runner what the tool puts into its environment."""
+    if place.device != "cuda":
+        pytest.skip("compute-sanitizer is CUDA's")
+    if (program := sanitizer()) is None:
+        pytest.skip("no compute-sanitizer: pip install 'cuda-toolkit[sanitizer]'")
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_head_kv": 4, "n_ff": 172, "context": 64}
+    train = {"batch": 4, "micro_batch": 2, "dtype": dtype}
+    job = replace(JOBS["llama"], sections={"run": {"device": "cuda"}, "model": shape, "train": train})
+    environment = job.environment(tmp_path / "run", job.files(new_folder(tmp_path / "data")), 6)
+    runner = builds.find_root().runner("toy-train-cuda")
+    command = [program, "--tool", tool, "--error-exitcode", "9", runner]
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert len([line for line in done.stdout.splitlines() if line.startswith("step ")]) == 6
 
 
 def test_what_the_device_lacks_is_said_once(place: Place) -> None:
