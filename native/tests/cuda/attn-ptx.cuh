@@ -11,6 +11,10 @@ inline uint32_t ggml_cuda_pack_bf16(float low, float high) {
     return ggml_fp32_to_bf16(low).bits | (uint32_t) ggml_fp32_to_bf16(high).bits << 16;
 }
 
+inline float ggml_cuda_exp2_approx(float x) {
+    return exp2f(x);
+}
+
 inline unsigned lane_of_thread() {
     return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % WARP_SIZE;
 }
