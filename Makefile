@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PLAY   := playground
 SANITIZERS ?= address,undefined thread
 
-.PHONY: setup train test test-slow test-cuda test-vulkan test-metal sanitize bench bench-gpu gate lint format clean
+.PHONY: setup train test test-slow test-arm test-cuda test-vulkan test-metal sanitize bench bench-gpu gate lint format clean
 
 setup: $(VENV)/.setup ## .venv with the `toy` command in it
 
@@ -31,6 +31,9 @@ test: $(VENV)/.test ## everything but the long runs
 
 test-slow: $(VENV)/.test ## the long runs: published losses
 	$(BIN)/python -m pytest -m slow tests/slow
+
+test-arm: $(VENV)/.test ## the native tests and the gates on ARM: cross-compiled, run by qemu
+	$(BIN)/python -m pytest -m slow tests/cpu/test_aarch64.py
 
 test-cuda test-vulkan test-metal: test-%: $(VENV)/.test ## every recipe on a device, against the cpu: what to run on a machine that has one
 	$(BIN)/toy install --device $*

@@ -27,6 +27,16 @@ inline void check(bool ok, const std::string & name, double error = 0.0, double 
     }
 }
 
+// TOY_TEST_EMULATED: the CPU is emulated, so that all takes twenty times as long: every check is made, of fewer numbers of threads, of
+// fewer elements, and of no product of more than two million terms
+inline const bool emulated = getenv("TOY_TEST_EMULATED") != nullptr;
+
+inline const std::vector<int> thread_counts = emulated ? std::vector<int>{ 1, 2 } : std::vector<int>{ 1, 2, 3, 7 };
+
+inline bool too_long(int64_t n_terms) {
+    return emulated && n_terms > 2 << 20;
+}
+
 // --- data -----------------------------------------------------------------------------------------------------------
 
 inline uint64_t rng_state = 1;
@@ -111,11 +121,11 @@ inline ggml_cgraph * graph_of(ggml_context * ctx, ggml_tensor * out) {
     return graph;
 }
 
-// the values of out, computed with 1, 2, 3 and 7 threads, which have to be the same bytes
+// the values of out, computed with several numbers of threads, which have to be the same bytes
 inline std::vector<float> run(ggml_context * ctx, ggml_tensor * out, const std::string & name) {
     ggml_cgraph *      graph = graph_of(ctx, out);
     std::vector<float> first;
-    for (int n_threads : { 1, 2, 3, 7 }) {
+    for (int n_threads : thread_counts) {
         memset(out->data, 0xff, ggml_nbytes(out));
         compute(graph, n_threads);
         std::vector<float> values(ggml_get_data_f32(out), ggml_get_data_f32(out) + ggml_nelements(out));
@@ -158,7 +168,7 @@ inline std::vector<float> values_of(const ggml_tensor * t) {
     return values;
 }
 
-// the gradients of the parameters, computed with 1, 2 and 3 threads: the same bytes; with an accumulator for each parameter, or with none
+// the gradients of the parameters, computed with several numbers of threads: the same bytes; with an accumulator for each parameter, or with none
 inline std::vector<std::vector<float>> gradients_of(ggml_context * ctx, const std::string & name, ggml_tensor * loss,
                                                     const std::vector<ggml_tensor *> & params, bool accumulate) {
     ggml_cgraph *              graph = graph_of(ctx, loss);
@@ -170,7 +180,7 @@ inline std::vector<std::vector<float>> gradients_of(ggml_context * ctx, const st
     ggml_build_backward_expand(ctx, graph, accs.data());
 
     std::vector<std::vector<float>> first;
-    for (int n_threads : { 1, 2, 3 }) {
+    for (int n_threads : thread_counts) {
         ggml_graph_reset(graph);
         compute(graph, n_threads);
         std::vector<std::vector<float>> grads;
@@ -216,7 +226,7 @@ inline void check_gradients(const std::string & name, const std::function<functi
         const int64_t       n = ggml_nelements(f.params[i]);
         std::vector<float>  got;
         std::vector<double> want;
-        for (int64_t j = 0; j < n; j += std::max<int64_t>(1, n / 97)) {
+        for (int64_t j = 0; j < n; j += std::max<int64_t>(1, n / (emulated ? 7 : 97))) {
             const float x0  = x[j];
             x[j]            = x0 + eps;
             const double xp = x[j], yp = value();

@@ -307,7 +307,7 @@ static void test_get_rows_back() {
         check(ggml_adds_in_place(sum), name + ": in place");
         for (bool set : { false, true }) {
             std::vector<float> first;
-            for (int n_threads : { 1, 2, 3, 7 }) {
+            for (int n_threads : thread_counts) {
                 std::copy(start.begin(), start.end(), ggml_get_data_f32(acc));
                 sum->flags = set ? sum->flags | GGML_TENSOR_FLAG_SET : sum->flags & ~GGML_TENSOR_FLAG_SET;
                 compute(graph, n_threads);
@@ -324,7 +324,7 @@ static void test_get_rows_back() {
 
 static void test_adamw_of_many() {
     std::vector<std::vector<float>> first;
-    for (int n_threads : { 1, 2, 3, 7 }) {
+    for (int n_threads : thread_counts) {
         context ctx;
         rng_state = 7;
         std::vector<ggml_tensor *> tensors;

@@ -67,7 +67,7 @@ struct allocated {
         for (tensor t : outs) {
             want.emplace_back((const float *) t->data, (const float *) t->data + ggml_nelements(t));
         }
-        for (int n_threads : { 1, 2, 3, 7 }) {
+        for (int n_threads : thread_counts) {
             for (tensor t : outs) {
                 memset(t->data, 0xff, ggml_nbytes(t));
             }
@@ -87,6 +87,9 @@ static void check_calls(int got, int want, const std::string & name) {
 
 static void test_steps() {
     for (const dims & s : SIZES) {
+        if (too_long(s.n * s.m * s.k)) {
+            continue;
+        }
         for (ggml_prec prec : { GGML_PREC_F32, GGML_PREC_BF16 }) {
             const std::string at =
                 " " + std::to_string(s.n) + " x " + std::to_string(s.m) + " x " + std::to_string(s.k) + (prec == GGML_PREC_BF16 ? " bf16" : "");
@@ -205,7 +208,10 @@ static void test_steps() {
 // the gradients of a layer with a bias, and of two over the same input
 static void test_linear_gradients() {
     for (const dims & s : SIZES) {
-        for (int n_threads : { 1, 2, 3, 7 }) {
+        if (too_long(s.n * s.m * s.k)) {
+            continue;
+        }
+        for (int n_threads : thread_counts) {
             context           ctx;
             const std::string name = "linear " + std::to_string(s.n) + " x " + std::to_string(s.m) + " x " + std::to_string(s.k) + ", " +
                                      std::to_string(n_threads) + " threads";

@@ -131,7 +131,7 @@ static void test_values(const shape & s) {
     ggml_cgraph *      graph = graph_of(ctx, loss);
     const std::string  name  = name_of(s);
     std::vector<float> first_dx, first_dw, first_loss;
-    for (int n_threads : { 1, 2, 3, 7 }) {
+    for (int n_threads : thread_counts) {
         memset(loss->data, 0xff, sizeof(float));
         memset(p.dx->data, 0xff, ggml_nbytes(p.dx));
         if (p.dw) {

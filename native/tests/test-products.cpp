@@ -35,7 +35,10 @@ static void test_mul_mat() {
         { 300, 17, 600 }, { 601, 50, 70 }, { 57, 1153, 530 }, { 6, 8, 513 },   { 2, 400, 1000 },
     };
     for (const auto & s : shapes) {
-        const int64_t     m = s[0], k = s[1], n = s[2];
+        const int64_t m = s[0], k = s[1], n = s[2];
+        if (too_long(m * k * n)) {
+            continue;
+        }
         const std::string name  = " m=" + std::to_string(m) + " k=" + std::to_string(k) + " n=" + std::to_string(n);
         const double      limit = 2e-7 * std::sqrt((double) k) + 2e-7;
         context           ctx;
@@ -158,6 +161,9 @@ static void test_types() {
         // row lengths around the blocks of terms (384 at most), which cut blocks of 32 and 256 in two
         for (int64_t ne0 : u == 1 ? std::vector<int64_t>{ 1, 385, 801 } : std::vector<int64_t>{ u, (400 + u) / u * u, (800 + u) / u * u }) {
             for (int64_t m : { 1, 3, 50 }) {
+                if (too_long(m * ne0 * 75)) {
+                    continue;
+                }
                 context           ctx;
                 const std::string size = name + " " + std::to_string(ne0) + " m=" + std::to_string(m);
                 ggml_tensor *     a    = new_of(ctx, type, { ne0, 75 });
@@ -248,7 +254,10 @@ static void test_bf16() {
         { 15, 31, 49 }, { 29, 95, 65 }, { 57, 768, 63 }, { 40, 769, 63 }, { 300, 17, 600 }, { 57, 1553, 130 }, { 2, 800, 1000 },
     };
     for (const auto & s : shapes) {
-        const int64_t     m = s[0], k = s[1], n = s[2];
+        const int64_t m = s[0], k = s[1], n = s[2];
+        if (too_long(m * k * n)) {
+            continue;
+        }
         const std::string name = " bf16 m=" + std::to_string(m) + " k=" + std::to_string(k) + " n=" + std::to_string(n);
         context           ctx;
         check_bf16(ctx, new_f32(ctx, { k, n }), new_f32(ctx, { k, m }), false, "mul_mat" + name);
@@ -274,6 +283,9 @@ static void test_bf16() {
         // blocks of terms begin with a block of the type, and in the middle of one
         for (int64_t k : { 1024, type == GGML_TYPE_Q6_K ? 1280 : 1056 }) {
             for (int64_t m : { 1, 50 }) {
+                if (too_long(m * k * 301)) {
+                    continue;
+                }
                 context           ctx;
                 const std::string name = std::string(" bf16 ") + ggml_type_name(type) + " k=" + std::to_string(k) + " m=" + std::to_string(m);
                 ggml_tensor *     a    = new_of(ctx, type, { k, 301 });
@@ -503,7 +515,7 @@ static void test_accumulators() {
             first.push_back(ggml_graph_node(graph, i));
         }
         std::vector<std::vector<float>> bytes;
-        for (int n_threads : { 1, 2, 3, 7 }) {
+        for (int n_threads : thread_counts) {
             for (int round = 0; round < 3; ++round) {
                 for (size_t i = 0; i < first.size(); ++i) {
                     if (ggml_adds_in_place(first[i]) && round == 0) {

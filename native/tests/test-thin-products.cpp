@@ -34,7 +34,7 @@ static void check_sum(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, int6
     ggml_tensor * all = ggml_out_prod_acc(ctx, wide, a, b);
     ggml_mul_mat_set_prec(all, prec);
     compute(graph_of(ctx, all), 1);
-    for (int n_threads : { 1, 2, 3, 7 }) {
+    for (int n_threads : thread_counts) {
         ggml_tensor * thin = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n0, n1);
         for (int64_t i = 0; i < n1; ++i) {
             memcpy((char *) thin->data + i * thin->nb[1], (char *) start->data + i * start->nb[1], n0 * sizeof(float));
