@@ -192,6 +192,22 @@ static void test_values(const shape & s) {
     }
 }
 
+// dx may be where x was: the same bytes
+static void test_in_place(const shape & s) {
+    context       ctx;
+    const problem p = { ctx, s };
+    if (!p.dw) {
+        return;
+    }
+    memset(p.dw->data, 0, ggml_nbytes(p.dw));
+    compute(graph_of(ctx, p.loss(ctx)), 1);
+    const std::vector<float> dx = values(p.dx), dw = values(p.dw);
+
+    memset(p.dw->data, 0, ggml_nbytes(p.dw));
+    compute(graph_of(ctx, p.loss_of(ctx, p.grad, p.x, p.dw)), 3);
+    check(values(p.x) == dx && values(p.dw) == dw, name_of(s) + ": dx in the place of x");
+}
+
 // through ggml_build_backward_expand, two micro-batches into the same accumulator, against the graph whose logits exist
 static void test_graph(const shape & s, bool tied) {
     context       ctx;
@@ -295,6 +311,7 @@ int main() {
     };
     for (const shape & s : shapes) {
         test_values(s);
+        test_in_place(s);
     }
     for (bool tied : { false, true }) {
         test_graph({ 33, 170, 19, 3, GGML_TYPE_F32 }, tied);
