@@ -292,6 +292,9 @@ static std::vector<op_case> cases() {
                            } });
         }
         all.push_back({ "sum_sqr" + size, [=](ggml_context * ctx, std::vector<tensor> & s) { return ggml_sum_sqr(ctx, f32(ctx, s, { n })); } });
+        all.push_back({ "sum_sqr of a part" + size, [=](ggml_context * ctx, std::vector<tensor> & s) {
+                           return ggml_sum_sqr(ctx, ggml_view_1d(ctx, f32(ctx, s, { n + 3 }), n, 3 * sizeof(float)));
+                       } });
         all.push_back({ "gelu_back" + size, [=](ggml_context * ctx, std::vector<tensor> & s) {
                            return ggml_gelu_back(ctx, f32(ctx, s, { n, 3 }), f32(ctx, s, { n, 3 }));
                        } });
@@ -344,13 +347,20 @@ static std::vector<op_case> cases() {
     for (size_t i = 0; i < ids.size(); i++) {
         ids[i] = (int32_t) (i * 7 % 11);
     }
+    std::vector<int32_t> many(5000);
+    for (size_t i = 0; i < many.size(); i++) {
+        many[i] = (int32_t) (i * i % 11);
+    }
     for (const bool first : { false, true }) {
-        all.push_back({ "get_rows_back_acc",
-                        [=](ggml_context * ctx, std::vector<tensor> & s) {
-                            tensor acc = f32(ctx, s, { 45, 13 }), dy = f32(ctx, s, { 45, 37 });
-                            return set(ggml_get_rows_back_acc(ctx, acc, dy, i32(ctx, s, 37)), first);
-                        },
-                        2e-6, ids });
+        for (const auto & rows : { ids, many }) {
+            const int64_t n_cols = rows.size() > ids.size() ? 300 : 45, n_rows = (int64_t) rows.size();
+            all.push_back({ format("get_rows_back_acc of %lld", (long long) n_rows),
+                            [=](ggml_context * ctx, std::vector<tensor> & s) {
+                                tensor acc = f32(ctx, s, { n_cols, 13 }), dy = f32(ctx, s, { n_cols, n_rows });
+                                return set(ggml_get_rows_back_acc(ctx, acc, dy, i32(ctx, s, n_rows)), first);
+                            },
+                            1e-5, rows });
+        }
     }
     for (const float p : { 0.1f, 0.75f }) {
         all.push_back({ "dropout",
