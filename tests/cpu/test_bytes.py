@@ -141,7 +141,7 @@ def test_there_is_a_gate_for_every_recipe_and_architecture() -> None:
         run = {"arch": Config().run.arch, "recipe": Config().run.recipe}
         run |= yaml.safe_load((GATES / f"{name}.yml").read_text())["run"]
         gated.add((run["recipe"], "vit" if run["recipe"] == "vit-tiny" else run["arch"]))
-        assert (GATES / f"{name}.txt").is_file(), f"{name} has no recorded lines: python tests/cpu/gates.py {name}"
+        assert (GATES / f"{name}.txt").is_file(), f"{name} has no recorded lines: python tests/gates.py {name}"
     assert {recipe for recipe, _ in gated} == {row.recipe for row in MATRIX}
     assert {arch for _, arch in gated} == {row.arch for row in MATRIX}
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gates import GATES, NAMES, ON_DEVICE, circumstances
 from harness import EXCERPT, ROOT, TINY, Toy, sets
 from killing import JOBS, new_folder
 
 from toy import builds, cuda, devices, recipes
-from toy.runs import bundle
 
 #: A device made of software has to be named.
 VISIBLE = {devices.VISIBLE: os.environ.get(devices.VISIBLE, "0")}
@@ -52,7 +52,6 @@ FEW = (
     "--steps", 6, "--threads", 2, "--no-sample", "--json",
     *sets(eval__every=3, checkpoint__every=3, train__dtype="f32"),
 )  # fmt: skip
-GATES = ROOT / "data" / "gates"
 
 
 @dataclass
@@ -117,18 +116,17 @@ def test_a_recipe_learns_what_the_cpu_learns(place: Place, name: str) -> None:
         assert scored[1]["loss"] == pytest.approx(scored[0]["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in GATES.glob("*.yml")))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_gate_of_the_device(place: Place, name: str) -> None:
     """What was recorded on a device like this one, to the byte."""
-    record = f"python tests/cpu/gates.py --device {place.device}"
+    record = f"python tests/gates.py --device {place.device}"
     folder = GATES / place.device
     if not (folder / f"{name}.txt").is_file():
         pytest.skip(f"no gate of {place.device} is recorded: {record}")
-    of, here = (folder / "device").read_text().strip(), bundle.gpu_name(place.device)
+    of, here = (folder / "device").read_text().strip(), circumstances(place.device)
     if of != here:
         pytest.skip(f"the gates of {place.device} were recorded on {of}, and this is {here}")
-    flags = sets(run__build="native", train__dtype="f32")
-    place.train("--config", GATES / f"{name}.yml", "--no-sample", *flags, out=f"gate-{name}").ok()
+    place.train("--config", GATES / f"{name}.yml", "--no-sample", *ON_DEVICE, out=f"gate-{name}").ok()
     result = place.toy("gate", "check", f"gate-{name}", folder / f"{name}.txt")
     assert result.code == 0, f"{result.stdout}{result.stderr}if it is meant: {record} {name}"
 

@@ -1,24 +1,21 @@
 """The gates under data/gates/: each a NAME.yml, repeated as data/gates/README.md says, and NAME.txt, its recorded
 step lines.
 
-    python tests/cpu/gates.py [NAME ...]        record them anew (all of them, unless named)
-    python tests/cpu/gates.py --base            make shakespeare-mixed.gguf anew; then lora and warm-start change too
-    python tests/cpu/gates.py --device cuda     record those of a device, DEVICE/NAME.txt, and which one it is
+    python tests/gates.py [NAME ...]        record them anew (all of them, unless named)
+    python tests/gates.py --base            make shakespeare-mixed.gguf anew; then lora and warm-start change too
+    python tests/gates.py --device cuda     record those of a device, DEVICE/NAME.txt, and which one it is
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1])]
-
 from gguf_files import rewrite
 from harness import EXCERPT, ROOT, Result, Toy, sets
+
+from toy.runs import bundle
 
 GATES = ROOT / "data" / "gates"
 NAMES = sorted(path.stem for path in GATES.glob("*.yml"))
@@ -34,9 +31,15 @@ def train(toy: Toy, name: str, *more: object) -> Result:
     return toy("train", "--config", GATES / f"{name}.yml", "--no-sample", *more, timeout=900)
 
 
-def on_device(device: str) -> tuple[object, ...]:
-    """The flags of a gate's run on another device: in f32, whatever that device would rather train in."""
-    return ("--device", device, *sets({"run.build": "native", "train.dtype": "f32"}))
+#: How a gate runs on another device: in f32, whatever that device would rather train in.
+ON_DEVICE = sets({"run.build": "native", "train.dtype": "f32"})
+
+
+def circumstances(device: str) -> str:
+    """What the bytes of a device hang on: it and its driver, and the processor, which is the device where that is made
+    of software."""
+    cpu = bundle.cpu_info()
+    return f"{bundle.gpu_name(device)}; {cpu['name']}: {' '.join(cpu['simd'])}"
 
 
 def make_base(toy: Toy) -> None:
@@ -65,7 +68,7 @@ def main() -> None:
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"there is no {', '.join(sorted(unknown))}: of {', '.join(NAMES)}")
     folder = GATES / args.device
-    flags = on_device(args.device) if args.device else ()
+    flags = ("--device", args.device, *ON_DEVICE) if args.device else ()
     with tempfile.TemporaryDirectory() as scratch:
         toy = Toy(Path(scratch))
         if args.base:
@@ -75,9 +78,8 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
             toy("gate", "record", name, folder / f"{name}.txt", "--force").ok()
             print(name, (folder / f"{name}.txt").read_text().splitlines()[-1])
-            if args.device:  # the bytes are this device's, and a driver's
-                gpu = json.loads((toy.cwd / name / "meta.json").read_text())["gpu"]
-                (folder / "device").write_text(f"{gpu}\n")
+            if args.device:
+                (folder / "device").write_text(circumstances(args.device) + "\n")
 
 
 if __name__ == "__main__":
