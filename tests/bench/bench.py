@@ -20,7 +20,7 @@ from pathlib import Path
 import others
 from quiet import Busy, Quiet
 from report import Cell, ProductRow, Report, Side, cpu_name, result_path, speed_text
-from roof import Product, Roof, build_bench_gemm
+from roof import Product, Roof, build_programs
 from shapes import DTYPES, PRODUCTS, ROOF, SHAPES, Shape, target
 from torch_side import TorchRun, is_installed
 from toy_side import ToyRun, Unavailable
@@ -80,7 +80,7 @@ def measure(
             stack.callback(toy.close)
             stack.enter_context(waiting(quiet, toy.pids))
             cell.sides["toy"] = Side("toy")
-            turns["toy"] = lambda: cell.sides["toy"].rounds.append(toy.turn())
+            turns["toy"] = lambda: cell.take_toy(roof, toy.turn)
         except Unavailable as reason:
             say(f"    toy: {reason}")
             cell.notes.append(f"toy: {reason}")
@@ -95,7 +95,7 @@ def measure(
         for _ in range(rounds):
             for name, turn in turns.items():
                 time.sleep(0.3)  # the other side's threads have stopped spinning
-                quiet.turn(turn, cell.sides[name].rounds.pop)
+                quiet.turn(turn, cell.forget_toy if name == "toy" else cell.sides[name].rounds.pop)
             quiet.turn(lambda: cell.take_roof(roof, products), cell.forget_roof)
             speeds = ", ".join(f"{name} {speed_text(shape, cell.sides[name].rounds[-1])}" for name in turns)
             say(f"    {speeds} {shape.unit}; roof {cell.roof():.0f} GFLOP/s")
@@ -174,7 +174,7 @@ def main() -> None:
     quiet = Quiet(guards=not args.not_quiet)
     report = Report(threads, args.rounds, shlex.join(["python", *sys.argv]))
     modes = MODES[:1] if args.no_compile else MODES
-    roof = Roof(build_bench_gemm(), threads, seconds=0.06)
+    roof = Roof(build_programs(), threads, seconds=0.06)
     begun = time.monotonic()
     try:
         for name in args.shapes:

@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,10 +45,19 @@ class Cell:
     limits: Target
     sides: dict[str, Side] = field(default_factory=dict)  # toy, eager, compile
     roofs: list[tuple[float, float]] = field(default_factory=list)  # a round's best of toy's products and PyTorch's
+    lines: list[float | None] = field(default_factory=list)  # ns from core to core, before each of toy's rounds
     parameters: int = 0
     command_line_bytes: int = 0  # of the Python process that started toy's runner
     version: str = ""
     notes: list[str] = field(default_factory=list)
+
+    def take_toy(self, roof: Roof, turn: Callable[[], float]) -> None:
+        self.lines.append(roof.line())
+        self.sides["toy"].rounds.append(turn())
+
+    def forget_toy(self) -> None:
+        self.lines.pop()
+        self.sides["toy"].rounds.pop()
 
     def take_roof(self, roof: Roof, products: Iterable[Product]) -> None:
         mine, theirs = [0.0], [0.0]
@@ -150,7 +159,9 @@ class Report:
         for cell in self.cells:
             for side in cell.sides.values():
                 speeds = ", ".join(speed_text(cell.shape, seconds) for seconds in side.rounds)
-                lines.append(f"- {cell.shape.name} {cell.dtype}, {side.name}: {speeds} {cell.shape.unit}")
+                told = [f"{line:.0f}" for line in cell.lines if line is not None] if side.name == "toy" else []
+                cores = f"; a cache line from core to core: {', '.join(told)} ns" if told else ""
+                lines.append(f"- {cell.shape.name} {cell.dtype}, {side.name}: {speeds} {cell.shape.unit}{cores}")
             lines += [f"- {cell.shape.name} {cell.dtype}: {note}" for note in cell.notes]
         for figure in self.figures:
             lines += [

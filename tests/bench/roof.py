@@ -10,18 +10,20 @@ from pathlib import Path
 from torch_side import Worker, is_installed
 
 LAYOUTS = ("nt", "nn", "tn")
+PROGRAMS = ("bench-gemm", "bench-cores")
 
 Product = tuple[int, int, int]
 
 
-def build_bench_gemm() -> Path:
+def build_programs() -> Path:
+    """toy's runners, and the native programs beside this one: bench-gemm, and bench-cores in the same folder."""
     from toy.builds import ensure_built, find_root, wheel_tool
 
     ensure_built(["toy-train", "toy-train-gpt2", "toy-train-lora", "toy-train-vit", "toy-infer"])
     build, cmake = find_root().build / "native", wheel_tool("cmake") or "cmake"
-    for words in (["-B", str(build), "-DTOY_TESTS=ON"], ["--build", str(build), "--target", "bench-gemm"]):
+    for words in (["-B", str(build), "-DTOY_TESTS=ON"], ["--build", str(build), "--target", *PROGRAMS]):
         subprocess.run([cmake, *words], cwd=find_root().source, check=True, stdout=subprocess.DEVNULL)
-    return next(path for path in build.rglob("bench-gemm") if os.access(path, os.X_OK) and path.is_file())
+    return next(path for path in build.rglob(PROGRAMS[0]) if os.access(path, os.X_OK) and path.is_file())
 
 
 class Roof:
@@ -52,6 +54,13 @@ class Roof:
         if done.returncode != 0:
             raise SystemExit(f"{self.program.name}: {done.stderr}")
         return {row["layout"]: row["gflops"] for row in map(json.loads, done.stdout.splitlines())}
+
+    def line(self) -> float | None:
+        """Nanoseconds that a cache line takes from one core to another; None of a single core, or without `program`."""
+        if self.program is None or self.threads < 2:
+            return None
+        done = subprocess.run([self.program.with_name(PROGRAMS[1])], capture_output=True, text=True, check=False)
+        return float(json.loads(done.stdout)["nanoseconds"]) if done.returncode == 0 else None
 
     def torch(self, product: Product, dtype: str) -> dict[str, float]:
         worker = self.workers.get(dtype)
