@@ -213,7 +213,7 @@ def test_what_the_device_lacks_is_said_once(place: Place) -> None:
 def test_a_device_out_of_memory_says_how_much_is_needed(place: Place) -> None:
     if place.device != "vulkan" or devices.vulkan_usable()[0].is_gpu:
         pytest.skip("only a device made of software has memory that can be limited here")
-    large = sets(model__context=512, model__n_layer=30, train__batch=32, train__micro_batch=32)
+    large = sets(model__n_embd=512, model__context=512, model__n_layer=30, train__batch=32, train__micro_batch=32)
     result = place.toy(
         "train", *TINY, *large, "--device", place.device, "--out", "large", "--json",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)),
