@@ -75,7 +75,7 @@ void decoder::build(int n) {
     ggml_set_output(out);
     ggml_build_forward_expand(graph, out);
     if (!memory.alloc(graph)) {
-        throw error("oom", EXIT_FAILED, "out of memory while decoding", "lower --context or use a smaller model");
+        throw error("oom", EXIT_FAILED, "out of memory while decoding", LOWER_CONTEXT);
     }
     n_built = be.is_cpu() ? n : 0;   // the plain attention of other devices has another size for each token
 }

@@ -66,7 +66,7 @@ void scorer::compute(int T, int B, const std::vector<int32_t> & tokens, const st
     ggml_set_output(hidden);
     ggml_build_forward_expand(gf, hidden);
     if (!memory.alloc(gf)) {
-        throw error("oom", EXIT_FAILED, "out of memory while scoring", "lower --context or use a smaller model");
+        throw error("oom", EXIT_FAILED, "out of memory while scoring", LOWER_CONTEXT);
     }
     if (patches.empty()) {
         std::vector<int32_t> positions(T);
@@ -103,7 +103,7 @@ void scorer::head(const ggml_tensor * hidden, const std::vector<int32_t> & colum
         ggml_set_output(logits);
         ggml_build_forward_expand(gf, logits);
         if (!memory_head.alloc(gf)) {
-            throw error("oom", EXIT_FAILED, "out of memory while scoring", "lower --context or use a smaller model");
+            throw error("oom", EXIT_FAILED, "out of memory while scoring", LOWER_CONTEXT);
         }
         ggml_backend_tensor_set(ids, picked.data(), 0, ggml_nbytes(ids));
         memory_head.compute(gf);

@@ -67,9 +67,9 @@ backend::~backend() {
     ggml_threadpool_free(pool);
 }
 
-void check_status(ggml_status status) {
+void check_status(ggml_status status, const char * lower) {
     if (status == GGML_STATUS_ALLOC_FAILED) {
-        throw error("oom", EXIT_FAILED, "out of memory while computing", "lower train.micro_batch, model.context or model.n_embd");
+        throw error("oom", EXIT_FAILED, "out of memory while computing", lower);
     }
     if (status != GGML_STATUS_SUCCESS) {
         throw error("runner_failed", EXIT_FAILED, format("the graph did not compute (%s)", ggml_status_to_string(status)),
@@ -77,9 +77,9 @@ void check_status(ggml_status status) {
     }
 }
 
-void checked(ggml_backend_t device, const std::function<ggml_status()> & compute) {
+void checked(ggml_backend_t device, const char * lower, const std::function<ggml_status()> & compute) {
     try {
-        check_status(compute());
+        check_status(compute(), lower);
     } catch (const std::bad_alloc & e) {
         const std::string what = e.what();   // of C++ itself it says nothing
         size_t            left = 0, total = 0;
@@ -91,12 +91,12 @@ void checked(ggml_backend_t device, const std::function<ggml_status()> & compute
         throw error(
             "oom", EXIT_FAILED,
             format("the %s device is out of memory: %s; %.2f of %.2f GiB are free", DEVICE, what.c_str(), (double) left / gib, (double) total / gib),
-            "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd");
+            lower);
     }
 }
 
-void backend::compute(ggml_cgraph * graph) {
-    checked(handle, [&]() { return ggml_backend_graph_compute(handle, graph); });
+void backend::compute(ggml_cgraph * graph, const char * lower) {
+    checked(handle, lower, [&]() { return ggml_backend_graph_compute(handle, graph); });
 }
 
 size_t backend::work_bytes(ggml_cgraph * graph) const {

@@ -25,18 +25,18 @@ struct backend {
 
     bool   is_cpu() const { return handle == cpu; }
     // A graph that the device computes whole. Throws toy::error (runner_failed, oom).
-    void   compute(ggml_cgraph * graph);
+    void   compute(ggml_cgraph * graph, const char * lower);
     size_t work_bytes(ggml_cgraph * graph) const;   // scratch that compute() needs besides the graph's own buffer
 
   private:
     ggml_threadpool * pool = nullptr;
 };
 
-void check_status(ggml_status status);   // of a computation. Throws toy::error (runner_failed, oom)
+void check_status(ggml_status status, const char * lower);   // of a computation. Throws toy::error (runner_failed, oom)
 
 // A computation of `device` and its status. A device's library takes scratch memory as it computes: where there is none left, toy::error (oom) says
-// how much was wanted. Throws toy::error (runner_failed, oom)
-void checked(ggml_backend_t device, const std::function<ggml_status()> & compute);
+// how much was wanted, and `lower` (LOWER_STEP, LOWER_CONTEXT) what needs less. Throws toy::error (runner_failed, oom)
+void checked(ggml_backend_t device, const char * lower, const std::function<ggml_status()> & compute);
 
 // Advice that a large buffer lie in large pages, before it is touched: passes over all weights miss the processor's table of pages less often.
 void use_huge_pages(ggml_backend_buffer_t buffer);

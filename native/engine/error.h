@@ -13,6 +13,11 @@ constexpr int EXIT_FAILED      = 1;
 constexpr int EXIT_BAD_INPUT   = 2;
 constexpr int EXIT_INTERRUPTED = 130;
 
+// Hints of kind oom: the knobs that lower what a training step, and what an answer or a score needs.
+constexpr const char * LOWER_STEP =
+    "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd; `--dry-run` says what is needed";
+constexpr const char * LOWER_CONTEXT = "lower --context or use a smaller model";
+
 struct error : std::runtime_error {
     std::string kind;   // one of toy/errors.py KINDS
     std::string hint;

@@ -46,7 +46,7 @@ adamw::adamw(const config & cfg, const weights & w, backend & be) : cfg(cfg), w(
     }
     buf = ggml_backend_alloc_ctx_tensors(ctx, be.states);
     if (!buf) {
-        throw error("oom", EXIT_FAILED, "cannot allocate the optimizer's parameters", "lower train.micro_batch, model.context or model.n_embd");
+        throw error("oom", EXIT_FAILED, "cannot allocate the optimizer's parameters", LOWER_STEP);
     }
 }
 
@@ -104,7 +104,7 @@ void adamw::step(int step, double lr, double norm) {
         };
         ggml_backend_tensor_set(hyper[embedding][decay], h, 0, sizeof(h));
     }
-    checked(be.states, [&]() { return ggml_backend_graph_compute(be.states, graph); });
+    checked(be.states, LOWER_STEP, [&]() { return ggml_backend_graph_compute(be.states, graph); });
 }
 
 size_t adamw::bytes() const {

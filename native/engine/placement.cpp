@@ -38,7 +38,7 @@ void placement::check_in_place() const {
             throw error("oom", EXIT_FAILED,
                         format("%s does not take a tensor of %.2f GiB, which %s for %s reads or writes", ggml_backend_name(be.handle),
                                (double) largest / (1 << 30), ggml_op_desc(node), at->name),
-                        "lower train.micro_batch (more rounds, the same update), model.context or model.n_embd");
+                        LOWER_STEP);
         }
     }
 }
@@ -106,21 +106,21 @@ bool placement::place(int n_nodes) {
 
 void placement::compute(ggml_cgraph * g) {
     if (be.is_cpu()) {
-        be.compute(g);
+        be.compute(g, LOWER_STEP);
         return;
     }
     // memory is laid out for as many nodes as compute: an evaluation, which is rare, lays it out twice
     if (n_placed != g->n_nodes && !place(g->n_nodes)) {
-        check_status(GGML_STATUS_ALLOC_FAILED);
+        check_status(GGML_STATUS_ALLOC_FAILED, LOWER_STEP);
     }
-    checked(be.handle, [&]() { return ggml_backend_sched_graph_compute(sched, graph); });
+    checked(be.handle, LOWER_STEP, [&]() { return ggml_backend_sched_graph_compute(sched, graph); });
 }
 
 void placement::walk(const std::function<bool(ggml_tensor * node)> & seen) {
     if (be.is_cpu()) {
         for (int i = 0; i < graph->n_nodes; i++) {
             ggml_cgraph one = ggml_graph_view(graph, i, i + 1);
-            be.compute(&one);
+            be.compute(&one, LOWER_STEP);
             if (!seen(graph->nodes[i])) {
                 return;
             }
@@ -205,9 +205,9 @@ bool graph_memory::alloc(ggml_cgraph * graph) {
 
 void graph_memory::compute(ggml_cgraph * graph) {
     if (galloc) {
-        be.compute(graph);
+        be.compute(graph, LOWER_CONTEXT);
     } else {
-        checked(be.handle, [&]() { return ggml_backend_sched_graph_compute(sched, graph); });
+        checked(be.handle, LOWER_CONTEXT, [&]() { return ggml_backend_sched_graph_compute(sched, graph); });
     }
 }
 

@@ -1,6 +1,7 @@
 // THE training loop. Environment in, `step N: loss=V` lines out, files under the run directory; see train_main() at the end.
 #include "loop.h"
 
+#include "archs/lora.h"
 #include "engine/checkpoint.h"
 #include "engine/device.h"
 #include "engine/error.h"
@@ -291,7 +292,7 @@ static int run(const run_env & env) {
         write_run_end(events, sum, &e);
         throw;
     } catch (const std::bad_alloc &) {
-        const error e("oom", EXIT_FAILED, "out of memory", "lower train.micro_batch, model.context or model.n_embd; `--dry-run` says what is needed");
+        const error e("oom", EXIT_FAILED, "out of memory", LOWER_STEP);
         write_run_end(events, sum, &e);
         throw e;
     } catch (const std::exception & lost) {

@@ -2,14 +2,13 @@
 #pragma once
 
 #include "archs/arch.h"
-#include "archs/lora.h"
 #include "engine/backend.h"
 #include "engine/config.h"
 #include "engine/corpus.h"
 #include "engine/images.h"
 #include "engine/optimizer.h"
-#include "engine/placement.h"
 #include "engine/weights.h"
+#include "step.h"
 
 #include <functional>
 #include <memory>
@@ -46,20 +45,19 @@ struct eval_result {
 };
 
 struct session {
-    config                        cfg;
-    backend                       be;
-    std::unique_ptr<model_file>   base;   // lora: the frozen model
-    std::unique_ptr<lora_adapter> lora;
-    hparams                       hp;
-    const arch &                  model;
-    weights                       w;
-    std::unique_ptr<adamw>        opt;
-    int64_t                       steps_done = 0;
+    config                      cfg;
+    backend                     be;
+    std::unique_ptr<model_file> base;   // lora: the frozen model
+    hparams                     hp;
+    const arch &                model;
+    weights                     w;
+    std::unique_ptr<step_graph> graph;
+    std::unique_ptr<adamw>      opt;
+    int64_t                     steps_done = 0;
 
     // Compiles the step and allocates it; reads GGUF for an adapter's base. Without set_data(): enough for a plan.
     // `device`, if given, holds and computes it instead of run.device, whose graph it stays.
     session(const config & cfg, const inputs_lookup & in, const std::string & device = "");
-    ~session();
     session(const session &)             = delete;
     session & operator=(const session &) = delete;
 
@@ -73,7 +71,7 @@ struct session {
     eval_result evaluate();
 
     memory_plan memory(size_t corpus_bytes) const;
-    std::string left_to_cpu() const { return place->left_to_cpu(); }   // operations of a step that the device lacks
+    std::string left_to_cpu() const { return graph->left_to_cpu(); }   // operations of a step that the device lacks
     int64_t     total_params() const;                                  // of the whole model, frozen ones included
     bool        is_vision() const { return hp.arch == "vit"; }
     int64_t     tokens_per_step() const { return (int64_t) cfg.train.batch * (is_vision() ? hp.n_patches() : cfg.model.context); }
@@ -91,39 +89,9 @@ struct session {
     std::unique_ptr<image_file>             images, val_images;
     std::unique_ptr<dataset>                train_set, val_set;
 
-    ggml_context *        ctx_inputs;
-    ggml_backend_buffer_t buf_inputs = nullptr;
-    inputs                in;
-    ggml_tensor *         labels, *seeds, *scale, *loss_grad, *mask = nullptr;
-
-    ggml_context *             ctx_graph;
-    std::unique_ptr<placement> place;
-    ggml_tensor *              logits = nullptr;   // where they are kept whole
-    ggml_tensor *              loss;
-    ggml_cgraph *              graph;       // forward, loss and backward
-    int                        n_forward;   // its first nodes: what an evaluation computes, in the same buffer
-
-    // gradients begin with an operation that can set them instead of adding to them, or with zeros
-    std::vector<ggml_tensor *> first_sums, zeroed;
-    std::vector<ggml_tensor *> squares;   // [1] each: of the gradients, one stretch after the other
-
-    bool          fused() const { return cfg.run.device == "cpu"; }   // with operations that other devices lack
-    bool          fused_attention() const;                            // attention is one operation (net::fused)
-    bool          fused_loss(const net & n) const;                    // the head and its loss are one operation
-    void          declare();
-    void          build_inputs();
-    void          build_step();
-    ggml_tensor * class_loss(const net & n);
-    ggml_tensor * token_loss(const net & n);
-    void          find_first_sums();
-    ggml_cgraph * with_squares(ggml_cgraph * graph);
-    void          begin_round(bool first, bool last);
-    void          set_text(const inputs_lookup & in);
-    void          set_images(const inputs_lookup & in);
-    // -> loss; grad: its own gradient, 1, or 0 where nobody asks for gradients
-    float         run(ggml_cgraph * g, const batch & b, float loss_scale, float grad);
-    int64_t       count_hits(const batch & b) const;
-    std::string   find_bad_tensor();
+    void declare();
+    void set_text(const inputs_lookup & in);
+    void set_images(const inputs_lookup & in);
 };
 
 }   // namespace toy
