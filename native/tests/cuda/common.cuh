@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <map>
 #include <tuple>
 #include <type_traits>
@@ -132,12 +133,20 @@ inline void ggml_cuda_kernel_launch(void (*kernel)(Params...), const ggml_cuda_k
     cuda_threads::launch(launch.block_nums, launch.block_dims, launch.shmem, [&]() { std::apply(kernel, values); });
 }
 
-// Memory is full of huge numbers, and what is written behind its end is seen.
+struct ggml_cuda_out_of_memory : std::bad_alloc {
+    const char * what() const noexcept override { return "no scratch memory"; }
+};
+
+// Memory is full of huge numbers, and what is written behind its end is seen. CUDA_ON_CPU_SCRATCH: the bytes of the largest piece that there is.
 struct ggml_cuda_pool {
     static constexpr size_t        GUARD = 64;
     static constexpr unsigned char EMPTY = 0x7f;
 
     void * alloc(size_t size, size_t * actual) {
+        const char * largest = getenv("CUDA_ON_CPU_SCRATCH");
+        if (largest && size > strtoull(largest, nullptr, 10)) {
+            throw ggml_cuda_out_of_memory();
+        }
         char * p = (char *) malloc(size + GUARD);
         memset(p, EMPTY, size + GUARD);
         *actual = size;

@@ -9,6 +9,7 @@
 #include "training.cuh"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace toy {
@@ -75,21 +76,50 @@ static const size_t        GAP   = 256;
 static const unsigned char EMPTY = 0x7f;   // 3.4e38. Not a NaN, which is the same bits after a computation
 
 struct memory {
-    std::vector<char>            bytes;
-    std::vector<unsigned char *> gaps;
+    std::vector<char>                                        bytes;
+    std::vector<std::pair<unsigned char *, unsigned char *>> tensors;   // where each begins and ends
 };
 
 static ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t) {
-    if (!t->view_src) {
-        ((memory *) buffer->context)->gaps.push_back((unsigned char *) t->data + ggml_nbytes(t));
+    if (!t->view_src && buffer->usage != GGML_BACKEND_BUFFER_USAGE_COMPUTE) {   // whose tensors lie where others have been
+        ((memory *) buffer->context)->tensors.push_back({ (unsigned char *) t->data, (unsigned char *) t->data + ggml_nbytes(t) });
     }
     return GGML_STATUS_SUCCESS;
 }
 
+// What has to be in the gap behind the tensor that ends here: zeros where a larger one goes on, as all gradients do behind each; -1: another
+// tensor begins there.
+static int wanted_in_gap(const memory & m, const unsigned char * end) {
+    if (end + GAP > (const unsigned char *) m.bytes.data() + m.bytes.size()) {
+        return -1;
+    }
+    int wanted = EMPTY;
+    for (const auto & other : m.tensors) {
+        if (other.first >= end && other.first < end + GAP) {
+            return -1;
+        }
+        wanted = other.first < end && other.second > end ? 0 : wanted;
+    }
+    return wanted;
+}
+
+static void clear_buffer(ggml_backend_buffer_t buffer, uint8_t value) {
+    memory & m = *(memory *) buffer->context;
+    std::fill(m.bytes.begin(), m.bytes.end(), (char) value);
+    for (const auto & t : m.tensors) {
+        if (wanted_in_gap(m, t.second) == EMPTY) {
+            std::fill(t.second, t.second + GAP, EMPTY);
+        }
+    }
+}
+
 static void free_buffer(ggml_backend_buffer_t buffer) {
     memory * m = (memory *) buffer->context;
-    for (const unsigned char * gap : m->gaps) {
-        GGML_ASSERT(std::all_of(gap, gap + GAP, [](unsigned char c) { return c == EMPTY; }) && "written behind the end of a tensor");
+    for (const auto & t : m->tensors) {
+        const int wanted = wanted_in_gap(*m, t.second);
+        GGML_ASSERT((wanted < 0 || std::all_of(
+                                       t.second, t.second + GAP, [&](unsigned char c) { return c == wanted; })) &&
+                    "written behind the end of a tensor");
     }
     delete m;
 }
@@ -99,6 +129,8 @@ static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_
     iface.free_buffer           = free_buffer;
     iface.get_base              = [](ggml_backend_buffer_t buffer) { return (void *) ((memory *) buffer->context)->bytes.data(); };
     iface.init_tensor           = init_tensor;
+    iface.memset_tensor = [](ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t at, size_t n) { memset((char *) t->data + at, value, n); };
+    iface.clear         = clear_buffer;
     iface.set_tensor = [](ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t at, size_t n) { memcpy((char *) t->data + at, data, n); };
     iface.get_tensor = [](ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t at, size_t n) { memcpy(data, (char *) t->data + at, n); };
     return ggml_backend_buffer_init(type, iface, new memory{ std::vector<char>(size, EMPTY), {} }, size);
@@ -113,6 +145,9 @@ ggml_backend_t open_device() {
     type.iface.get_alignment               = [](ggml_backend_buffer_type_t) { return (size_t) 16; };
     type.iface.get_alloc_size              = [](ggml_backend_buffer_type_t, const ggml_tensor * t) { return ggml_nbytes(t) + GAP; };
     type.iface.is_host                     = [](ggml_backend_buffer_type_t) { return true; };
+    device.iface.get_memory                = [](ggml_backend_dev_t, size_t * left, size_t * total) { *left = *total = (size_t) 1 << 30; };
+    device.iface.get_name                  = [](ggml_backend_dev_t) { return "CUDA on the CPU"; };
+    device.iface.get_type                  = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; };
     device.iface.supports_op               = supports_op;
     device.iface.get_buffer_type           = [](ggml_backend_dev_t) { return &type; };
     device.iface.supports_buft             = [](ggml_backend_dev_t, ggml_backend_buffer_type_t buft) { return ggml_backend_buft_is_host(buft); };

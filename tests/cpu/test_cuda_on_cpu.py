@@ -1,0 +1,78 @@
+"""Every recipe on a device whose kernels are CUDA's, run by the CPU: what it has it computes, the scheduler leaves the
+rest to the CPU. The CPU's losses, to some digits. Driver, streams, CUDA graphs and cuBLAS are not in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from harness import read_events
+from killing import JOBS, new_folder
+
+from toy import builds
+
+#: How far a loss may be from the CPU's, relative to it. In bf16 a sum of another order may be rounded another way.
+FAR = {"f32": 1e-5, "bf16": 2e-3}
+#: f32 and bf16 differ in products and attention; what a family has besides is in either.
+RUNS = [
+    ("llama", "f32"),
+    ("llama", "bf16"),
+    ("gpt2", "bf16"),
+    ("warm-start", "f32"),
+    ("lora", "bf16"),
+    ("vit-tiny", "f32"),
+]
+STEPS = 2
+
+
+def begin(name: str, device: str, dtype: str, folder: Path) -> dict[str, str]:
+    """The environment of steps of two micro-batches each, with one evaluation."""
+    job = JOBS[name]
+    sections = {section: dict(knobs) for section, knobs in job.sections.items()}
+    sections["run"] = {"device": device}
+    sections["train"] = sections.get("train", {}) | {"batch": 2, "micro_batch": 1, "dtype": dtype, "warmup_steps": 0}
+    sections["eval"] = {"every": 0, "batches": 1, "patience": 0}
+    job = replace(job, sections=sections)
+    return os.environ | job.environment(folder / "run", job.files(new_folder(folder / "data")), STEPS)
+
+
+def losses(name: str, device: str, dtype: str, runner: Path, folder: Path) -> tuple[list[float], list[float]]:
+    """Of the steps, and of the evaluation."""
+    environment = begin(name, device, dtype, folder)
+    done = subprocess.run([runner], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = [float(line.split("loss=")[1]) for line in done.stdout.splitlines()]
+    return steps, [event["val_loss"] for event in read_events(folder / "run", "eval")]
+
+
+def emulated(name: str) -> Path:
+    runner = builds.find_root().folder("native") / f"{JOBS[name].runner}-cuda-on-cpu"
+    if not runner.is_file():
+        pytest.skip("the native tests are not built: cmake -DTOY_TESTS=ON")
+    return runner
+
+
+@pytest.mark.parametrize(("name", "dtype"), RUNS)
+def test_a_recipe_learns_what_the_cpu_learns(built: None, name: str, dtype: str, tmp_path: Path) -> None:
+    runner = emulated(name)
+    want, want_val = losses(name, "cpu", dtype, builds.find_root().runner(JOBS[name].runner), tmp_path / "cpu")
+    got, val = losses(name, "cuda", dtype, runner, tmp_path / "cuda")
+    assert len(got) == len(want) == STEPS
+    assert len(val) == len(want_val) > 0
+    assert got == pytest.approx(want, rel=FAR[dtype])
+    assert val == pytest.approx(want_val, rel=FAR[dtype])
+
+
+def test_scratch_memory_that_a_device_lacks_is_said(built: None, tmp_path: Path) -> None:
+    """What kernels work in is taken while a step is computed."""
+    environment = begin("llama", "cuda", "f32", tmp_path) | {"CUDA_ON_CPU_SCRATCH": "100"}
+    done = subprocess.run([emulated("llama")], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    [error, hint, kind] = done.stderr.splitlines()[-3:]
+    assert error == "error: the cuda device is out of memory: no scratch memory; 1.00 of 1.00 GiB are free"
+    assert all(knob in hint for knob in ("train.micro_batch", "model.context", "model.n_embd"))
+    assert kind == "kind: oom"
+    assert read_events(tmp_path / "run", "run_end")[0]["error"]["kind"] == "oom"
