@@ -12,7 +12,7 @@ using toy::format;
 struct op_case {
     std::string                                                          name;
     std::function<tensor(ggml_context *, std::vector<tensor> & sources)> build;
-    double                                                               limit = 2e-6;    // of the largest value
+    double                                                               limit = 2e-6;    // of the largest value of a tensor
     std::vector<int32_t>                                                 ids   = {};      // what an I32 source is filled with
     bool                                                                 cuda  = false;   // other devices may leave it to the cpu
 };
@@ -31,13 +31,13 @@ static tensor i32(ggml_context * ctx, std::vector<tensor> & sources, int64_t n) 
     return sources.back();
 }
 
-// The result and, where the operation works in place, all its sources: {} where the device does not compute it.
-static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
+// The sources, as an operation may work in place, and the result: {} where the device does not compute it.
+static std::vector<std::vector<float>> run_on(ggml_backend_t backend, const op_case & c) {
     ggml_context *      ctx = ggml_init({ /*mem_size =*/1024 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, /*no_alloc =*/true });
     std::vector<tensor> sources;
     tensor              out    = c.build(ctx, sources);
     const bool          usable = ggml_backend_supports_op(backend, out);
-    std::vector<float>  values;
+    std::vector<std::vector<float>> values;
     if (usable) {
         ggml_cgraph * graph = ggml_new_graph(ctx);
         for (tensor t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
@@ -75,9 +75,8 @@ static std::vector<float> run_on(ggml_backend_t backend, const op_case & c) {
         sources.push_back(out);
         for (tensor t : sources) {
             if (t->type == GGML_TYPE_F32) {
-                const size_t at = values.size();
-                values.resize(at + ggml_nelements(t));
-                ggml_backend_tensor_get(t, values.data() + at, 0, ggml_nbytes(t));
+                values.emplace_back(ggml_nelements(t));
+                ggml_backend_tensor_get(t, values.back().data(), 0, ggml_nbytes(t));
             }
         }
         ggml_backend_buffer_free(buf);
@@ -407,13 +406,16 @@ int main(int argc, char ** argv) {
         if (argc > 1 && c.name.find(argv[1]) == std::string::npos) {
             continue;
         }
-        const std::vector<float> want = run_on(cpu, c), got = run_on(device, c), again = run_on(device, c);
+        const auto want = run_on(cpu, c), got = run_on(device, c), again = run_on(device, c);
         if (got.empty() && c.cuda && strcmp(toy::DEVICE, "cuda") != 0) {
             continue;
         }
         check(!got.empty(), c.name + ": the device has it");
-        compare(got, std::vector<double>(want.begin(), want.end()), c.limit, c.name);
-        check(got.size() == again.size() && memcmp(got.data(), again.data(), got.size() * sizeof(float)) == 0, c.name + ": the same bytes twice");
+        for (size_t i = 0; i < got.size(); i++) {
+            const std::string name = c.name + (i + 1 < got.size() ? ", source " + std::to_string(i) : "");
+            compare(got[i], std::vector<double>(want[i].begin(), want[i].end()), c.limit, name);
+            check(memcmp(got[i].data(), again[i].data(), got[i].size() * sizeof(float)) == 0, name + ": the same bytes twice");
+        }
     }
     ggml_backend_free(device);
     ggml_backend_free(cpu);
