@@ -1,5 +1,5 @@
-// The operations that patches 0035 and 0037 give ggml-cuda as a device of their own, their kernels run by the CPU: test-device's checks of them need
-// no GPU. Memory, streams and cuBLAS are native/tests/cuda's; what ggml-cuda has besides is not here.
+// The operations that patches 0035, 0037 and 0038 give ggml-cuda as a device of their own, their kernels run by the CPU: test-device's checks of them
+// need no GPU. Memory, streams and cuBLAS are native/tests/cuda's; what ggml-cuda has besides is not here.
 #include "attn.cuh"
 #include "engine/device.h"
 #include "ggml-backend-impl.h"

@@ -92,11 +92,12 @@ static void add_linear_cross_entropy_cases(std::vector<op_case> & all) {
     for (size_t i = 0; i < labels.size(); i++) {
         labels[i] = i % 5 == 2 ? -1 : (int32_t) (i * 7 % 11);   // some masked
     }
-    enum { SET, ADDED, LOSS_ONLY, FROZEN };   // the gradient of the head is set, or added to; there are none now; there is none
+    // the gradient of the head is set, or added to, with that of x where x is; there are none now; there is none
+    enum { SET, ADDED, IN_PLACE, LOSS_ONLY, FROZEN };
     const auto add = [&](int64_t n_vocab, int64_t n_rows, bool bf16, ggml_type type, int which) {
         const auto build = [=](ggml_context * ctx, std::vector<tensor> & s) {
             tensor x = f32(ctx, s, { n_embd, n_tokens }), w = typed(ctx, s, type, { n_embd, n_vocab }), y = i32(ctx, s, n_tokens);
-            tensor scale = f32(ctx, s, { 1 }), grad = f32(ctx, s, { 1 }), dx = f32(ctx, s, { n_embd, n_tokens });
+            tensor scale = f32(ctx, s, { 1 }), grad = f32(ctx, s, { 1 }), dx = which == IN_PLACE ? x : f32(ctx, s, { n_embd, n_tokens });
             tensor dw  = which == FROZEN ? nullptr : f32(ctx, s, { n_embd, n_vocab });
             tensor sum = ggml_linear_cross_entropy(ctx, x, w, y, scale, grad, dx, dw);
             if (n_rows > 0) {
@@ -112,7 +113,7 @@ static void add_linear_cross_entropy_cases(std::vector<op_case> & all) {
                         build, bf16 ? 1e-3 : 2e-5, labels, /*cuda =*/true });
     };
     for (const bool bf16 : { false, true }) {
-        for (const int which : { SET, ADDED, LOSS_ONLY, FROZEN }) {
+        for (const int which : { SET, ADDED, IN_PLACE, LOSS_ONLY, FROZEN }) {
             add(257, /*n_rows =*/5, bf16, GGML_TYPE_F32, which);
         }
         add(1027, /*n_rows =*/0, bf16, GGML_TYPE_F32, SET);   // as it is made
