@@ -10,12 +10,48 @@ struct rope_case {
     bool    factors;
 };
 
+// Two products, each rounded, and their sum: a compiler may not make one FMA of them, which would differ from one to the next. The sines are
+// those of a row whose pairs are 1 and 0.
+static void check_rope_rounding(ggml_tensor * x, const std::vector<int32_t> & positions, const rope_case & c, int mode, const std::string & name) {
+    context       ctx;
+    const int64_t T       = (int64_t) positions.size();
+    const int64_t n_pairs = c.n_rot / 2;
+    const int64_t step = mode == GGML_ROPE_TYPE_NORMAL ? 2 : 1, off = mode == GGML_ROPE_TYPE_NORMAL ? 1 : n_pairs;
+    ggml_tensor * unit = new_f32(ctx, { c.d, 1, T }, 0.0f);
+    for (int64_t i = 0; i < n_pairs * T; ++i) {
+        ggml_get_data_f32(unit)[i / n_pairs * c.d + i % n_pairs * step] = 1.0f;
+    }
+    for (bool back : { false, true }) {
+        const auto rotate = [&](ggml_tensor * a) {
+            const auto rope = back ? ggml_rope_ext_back : ggml_rope_ext;
+            return run(ctx, rope(ctx, a, new_i32(ctx, positions), nullptr, (int) c.n_rot, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f), name);
+        };
+        const std::vector<float> sines = rotate(unit), got = rotate(x);
+        const auto               sum = [](float a, float b, float c, float d) {
+            const float ab = (float) ((double) a * b), cd = (float) ((double) c * d);   // exact in double, and so rounded once
+            return (float) ((double) ab + cd);
+        };
+        std::vector<float> want = got;   // what is not rotated stays
+        for (int64_t row = 0; row < ggml_nrows(x); ++row) {
+            for (int64_t i = 0; i < n_pairs; ++i) {
+                const float * at = &sines[row / c.n_head % T * c.d + i * step];
+                const int64_t i1 = row % c.n_head, i2 = row / c.n_head % T, i3 = row / c.n_head / T;
+                const float   x0 = get(x, i * step, i1, i2, i3), x1 = get(x, i * step + off, i1, i2, i3);
+                float *       pair = &want[row * c.d + i * step];
+                pair[0]            = sum(x0, at[0], -x1, at[off]);
+                pair[off]          = sum(x0, at[off], x1, at[0]);
+            }
+        }
+        check(got == want, name + (back ? " back" : "") + ": each product and sum rounded");
+    }
+}
+
 static void test_rope() {
     const std::vector<int32_t> positions = { 0, 1, 2, 77, 4095, 100000, 3 };
 
     const std::vector<rope_case> cases = {
-        { 2, 2, 1, 1, false },   { 16, 16, 2, 3, false }, { 18, 18, 3, 2, true },
-        { 64, 64, 1, 4, false }, { 50, 34, 3, 2, false }, { 128, 32, 2, 1, true },
+        { 2, 2, 1, 1, false },   { 16, 16, 2, 3, false }, { 18, 18, 3, 2, true }, { 64, 64, 1, 4, false },
+        { 50, 34, 3, 2, false }, { 128, 32, 2, 1, true }, { 14, 14, 2, 2, true }, { 28, 28, 3, 1, false },
     };
     for (const rope_case & c : cases) {
         for (int mode : { GGML_ROPE_TYPE_NORMAL, GGML_ROPE_TYPE_NEOX }) {
@@ -60,6 +96,7 @@ static void test_rope() {
                     name);
             compare(run(ctx, ggml_rope_ext_back(ctx, x, pos, factors, n_rot, mode, 0, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f), name + " back"),
                     backward, 3e-7, name + " back");
+            check_rope_rounding(x, positions, c, mode, name);
 
             // in place: y is rotated where it lies
             ggml_tensor * y     = ggml_dup_tensor(ctx, ggml_cont(ctx, x));
