@@ -9,7 +9,18 @@
 #include <sched.h>
 #endif
 
-// Two of the cores that this process may use, so that both ends do not share one.
+// The cores that this process may use: on one, either end would wait out its time slice at each turn.
+static unsigned usable_cores() {
+#ifdef __linux__
+    cpu_set_t usable;
+    if (sched_getaffinity(0, sizeof(usable), &usable) == 0) {
+        return CPU_COUNT(&usable);
+    }
+#endif
+    return std::thread::hardware_concurrency();
+}
+
+// Two of them, so that both ends do not share one.
 static void stay_on(int which) {
 #ifdef __linux__
     cpu_set_t usable, one;
@@ -31,7 +42,7 @@ static void stay_on(int which) {
 
 int main() {
     using clock = std::chrono::steady_clock;
-    if (std::thread::hardware_concurrency() < 2) {
+    if (usable_cores() < 2) {
         fprintf(stderr, "bench-cores: needs two cores\n");
         return EXIT_FAILURE;
     }
