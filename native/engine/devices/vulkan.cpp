@@ -12,6 +12,8 @@ const char * const DEVICE = "vulkan";
 ggml_backend_t open_device() {
     // a node may read what another one wrote in place without naming it (see session::with_squares): their order stays
     setenv("GGML_VK_DISABLE_GRAPH_OPTIMIZE", "1", 1);
+    // f32 is f32, whatever the device would rather take
+    setenv("GGML_VK_STRICT_F32", "1", 1);
     const char * hint = "GGML_VK_VISIBLE_DEVICES=0 takes a device made of software too; --device cpu works without one";
     try {
         if (ggml_backend_vk_get_device_count() == 0) {

@@ -122,6 +122,21 @@ static void add_linear_cross_entropy_cases(std::vector<op_case> & all) {
     }
 }
 
+// Products of f32 matrices that stay f32 on devices that would rather round them: whole tiles and not, few columns, a batch, and operands that are
+// views
+static void add_vulkan_cases(std::vector<op_case> & all) {
+    for (const auto & [terms, n] : { std::pair<int64_t, int64_t>{ 64, 130 }, { 37, 33 }, { 37, 3 } }) {
+        const std::string of = format("%lld terms, %lld", (long long) terms, (long long) n);
+        all.push_back({ "mul_mat of f32, " + of, [terms = terms, n = n](ggml_context * ctx, std::vector<tensor> & s) {
+                           return ggml_mul_mat(ctx, f32(ctx, s, { terms, 150, 1, 2 }), f32(ctx, s, { terms, n, 3, 2 }));
+                       } });
+        all.push_back({ "mul_mat of f32 views, " + of, [terms = terms, n = n](ggml_context * ctx, std::vector<tensor> & s) {
+                           tensor a = ggml_permute(ctx, f32(ctx, s, { terms, 2, 70 }), 0, 2, 1, 3);
+                           return ggml_mul_mat(ctx, a, ggml_permute(ctx, f32(ctx, s, { terms, 2, n }), 0, 2, 1, 3));
+                       } });
+    }
+}
+
 // What CUDA has besides: products of other types and in bf16, broadcast or with transposed operands, and the rest of a step
 static void add_cuda_cases(std::vector<op_case> & all) {
     const auto add = [&](const std::string & name, std::function<tensor(ggml_context *, std::vector<tensor> &)> build, double limit,
@@ -390,6 +405,9 @@ static std::vector<op_case> cases() {
     add_attention_cases(all);
     add_cuda_cases(all);
     add_linear_cross_entropy_cases(all);
+    if (strcmp(toy::DEVICE, "vulkan") == 0) {
+        add_vulkan_cases(all);
+    }
     return all;
 }
 
