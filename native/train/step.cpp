@@ -13,8 +13,11 @@
 
 namespace toy {
 
-// Of the rows of logits that exist at once on a device: enough that reading the head and its gradient once for each of them costs little.
-static const int64_t DEVICE_LOGITS = 512 << 20;   // bytes
+// Of the rows of logits that exist at once on a device: enough that reading the head and its gradient once for each of them costs little, and on
+// Vulkan what a shader of any device sees.
+static int64_t bytes_of_logits(const std::string & device) {
+    return device == "vulkan" ? 128 << 20 : 512 << 20;
+}
 
 step_graph::step_graph(const config & cfg, backend & be, const hparams & hp, const arch & model, const weights & w, const model_file * base)
     : cfg(cfg), be(be), hp(hp), model(model), w(w) {
@@ -82,7 +85,7 @@ ggml_tensor * step_graph::token_loss(const net & n) {
     const auto    own  = std::find_if(w.params.begin(), w.params.end(), [&](const param & p) { return p.w == head; });
     ggml_tensor * sum  = ggml_linear_cross_entropy(n.ctx, x, head, labels, scale, loss_grad, dx, own == w.params.end() ? nullptr : own->g);
     if (cfg.run.device != "cpu") {
-        ggml_linear_cross_entropy_set_rows(sum, std::max<int64_t>(256, DEVICE_LOGITS / (int64_t) sizeof(float) / head->ne[1]));
+        ggml_linear_cross_entropy_set_rows(sum, std::max<int64_t>(256, bytes_of_logits(cfg.run.device) / (int64_t) sizeof(float) / head->ne[1]));
     }
     if (n.bf16) {
         ggml_mul_mat_set_prec(sum, GGML_PREC_BF16);
@@ -95,17 +98,22 @@ bool step_graph::fused_loss(const net & n) const {
     if (is_vision() || n.get(model.head(hp) + std::string(".bias"))) {
         return false;
     }
-    if (cfg.run.device != DEVICE) {
-        return cfg.run.device == "cuda";   // a step that another program computes
+    // what writes a gradient that the cpu keeps is the cpu's: not the products with the whole vocabulary
+    const bool other   = cfg.run.device != DEVICE;   // a step that another program computes
+    const bool kept    = other ? cfg.train.offload : be.states != be.handle;
+    const bool trained = std::any_of(w.trained.begin(), w.trained.end(), [&](const param & p) { return p.w == head; });
+    if (trained && kept) {
+        return false;
     }
-    const bool     trained = std::any_of(w.trained.begin(), w.trained.end(), [&](const param & p) { return p.w == head; });
-    ggml_context * ctx     = ggml_init({ /*mem_size =*/16 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
+    if (other) {
+        return cfg.run.device != "metal";
+    }
+    ggml_context * ctx = ggml_init({ /*mem_size =*/16 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
     ggml_tensor *  own = ggml_new_tensor_2d(ctx, head->type, head->ne[0], head->ne[1]), *x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, head->ne[0], 1);
     ggml_tensor *  one = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1), *id = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
     ggml_tensor *  sum = ggml_linear_cross_entropy(ctx, x, own, id, one, one, ggml_dup_tensor(ctx, x), trained ? ggml_dup_tensor(ctx, own) : nullptr);
     ggml_mul_mat_set_prec(sum, n.bf16 ? GGML_PREC_BF16 : GGML_PREC_DEFAULT);
-    // what writes a gradient that the cpu keeps is the cpu's: not the products with the whole vocabulary
-    const bool there = (!trained || be.states == be.handle) && ggml_backend_supports_op(be.handle, sum);
+    const bool there = ggml_backend_supports_op(be.handle, sum);
     ggml_free(ctx);
     return there;
 }
