@@ -10,7 +10,7 @@ import pytest
 from toy import builds, cuda
 
 
-@pytest.mark.parametrize("name", ["training", "opt-step-adamw", "out-prod", "attn", "ggml-cuda"])
+@pytest.mark.parametrize("name", ["training", "opt-step-adamw", "out-prod", "attn", "fattn-decode", "ggml-cuda"])
 def test_a_source_of_the_step_compiles(built: None, tmp_path: Path, name: str) -> None:
     toolkit = cuda.toolkit()
     if toolkit is None or toolkit.missing():
