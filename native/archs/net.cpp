@@ -71,7 +71,9 @@ void set_causal_mask(tensor mask, int64_t n_past) {
     for (int64_t i = 0; i < T; i++) {
         std::fill(all.begin() + i * S + n_past + i + 1, all.begin() + (i + 1) * S, -INFINITY);
     }
-    ggml_backend_tensor_set(mask, all.data(), 0, ggml_nbytes(mask));
+    std::vector<ggml_fp16_t> halves(mask->type == GGML_TYPE_F16 ? S * T : 0);
+    ggml_fp32_to_fp16_row(all.data(), halves.data(), (int64_t) halves.size());
+    ggml_backend_tensor_set(mask, halves.empty() ? (const void *) all.data() : halves.data(), 0, ggml_nbytes(mask));
 }
 
 bool has_attention(ggml_backend_t device, const hparams & hp, int64_t T, int64_t B, bool causal, bool bf16, bool trained) {
@@ -92,6 +94,26 @@ bool has_attention(ggml_backend_t device, const hparams & hp, int64_t T, int64_t
     return all;
 }
 
+static tensor flash_attention_of(ggml_context * ctx, tensor q, tensor k, tensor v, tensor mask) {
+    const tensor out = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, v, 0, 2, 1, 3),
+                                           mask, 1.0f / std::sqrt((float) q->ne[0]), /*max_bias =*/0.0f, /*logit_softcap =*/0.0f);
+    ggml_flash_attn_ext_set_prec(out, GGML_PREC_F32);
+    return out;   // [D, H, T, B]
+}
+
+bool has_flash_attention(ggml_backend_t device, const hparams & hp, int64_t T, int64_t S) {
+    ggml_context * ctx = ggml_init({ /*mem_size =*/16 * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
+    const tensor   q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hp.head_dim, hp.n_head, T), mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, S, T);
+    const tensor   kv  = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, hp.head_dim, hp.n_head_kv, S);
+    const bool     has = ggml_backend_supports_op(device, flash_attention_of(ctx, q, kv, kv, mask));
+    ggml_free(ctx);
+    return has;
+}
+
+tensor net::flash_attention(tensor q, tensor k, tensor v) const {
+    return ggml_reshape_2d(ctx, flash_attention_of(ctx, q, k, v, mask), q->ne[0] * q->ne[1], q->ne[2] * q->ne[3]);
+}
+
 // Of operations that every device has: the scores of each head exist, [S, T] of T tokens that see S.
 tensor net::plain_attention(tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3];
@@ -105,7 +127,17 @@ tensor net::plain_attention(tensor q, tensor k, tensor v, bool causal) const {
 
 tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
     const int64_t D = q->ne[0], H = q->ne[1], T = q->ne[2], B = q->ne[3], K = k->ne[1];
-    if (cache) {
+    if (cache && cache->slots) {
+        const auto append = [&](tensor x, tensor all) {
+            ggml_build_forward_expand(gf, ggml_set_rows(ctx, all, ggml_view_2d(ctx, x, D * K, T, x->nb[2], 0), cache->slots));
+            return ggml_view_4d(ctx, all, D, K, cache->n_read, 1, D * ggml_type_size(all->type), all->nb[1], cache->n_read * all->nb[1], 0);
+        };
+        tensor all_k = append(k, cache->k[il]), all_v = append(v, cache->v[il]);
+        if (!fused) {   // else nothing is in the cache but these
+            k = all_k;
+            v = all_v;
+        }
+    } else if (cache) {
         // append to the cache, then attend over all of it
         const int64_t past = cache->n_past, S = past + T;
         const auto    append = [&](tensor x, tensor all) {
@@ -121,7 +153,7 @@ tensor net::attention(int il, tensor q, tensor k, tensor v, bool causal) const {
         v = append(v, cache->v[il]);
     }
     if (!fused) {
-        return plain_attention(q, k, v, causal);
+        return mask && mask->type == GGML_TYPE_F16 ? flash_attention(q, k, v) : plain_attention(q, k, v, causal);
     }
     tensor out = ggml_attn(ctx, q, k, v, 1.0f / std::sqrt((float) D), causal);   // [D, H, T, B]
     ggml_attn_set_bf16(out, bf16);
@@ -135,6 +167,9 @@ tensor net::attention_qkv(int il, tensor qkv, int64_t T, bool causal) const {
         const auto heads = [&](int64_t first, int64_t n) {
             return ggml_view_4d(ctx, qkv, D, n, T, B, qkv->nb[1], qkv->nb[2], qkv->nb[3], first * qkv->nb[1]);
         };
+        if (cache && cache->slots) {
+            return attention(il, heads(0, H), heads(H, K), heads(H + K, K), causal);
+        }
         return attention(il, heads(0, H), ggml_cont(ctx, heads(H, K)), ggml_cont(ctx, heads(H + K, K)), causal);
     }
     tensor out = ggml_attn_qkv(ctx, qkv, K, 1.0f / std::sqrt((float) D), causal);   // [D, H, T, B]

@@ -13,7 +13,7 @@ namespace toy {
 
 // Keys and values of S slots a layer, as the decoder has seen them.
 struct kv_cache {
-    std::vector<ggml_tensor *> k, v;         // [D*K, S], f32, one each a layer
+    std::vector<ggml_tensor *> k, v;         // [D*K, S], f32, or f16 for flash attention; one each a layer
     int                        n_past = 0;   // slots in use
     int                        n_ctx  = 0;   // slots there are
 
@@ -22,6 +22,11 @@ struct kv_cache {
     void begin_graph();
     // The graph built last, of T tokens, goes on at n_past: nothing else in it depends on how many there are.
     void move_graph(int T);
+
+    // Other devices than the cpu play a graph back as it is: there it says by an input where new keys and values go, and reads as many for every
+    // token.
+    ggml_tensor * slots  = nullptr;   // [T] i64
+    int           n_read = 0;         // of the first slots; those that are not in use are masked
 };
 
 // A low-rank term beside some of the products (Hu et al. 2021, arXiv 2106.09685): W x + alpha / r B A x.
@@ -49,7 +54,8 @@ struct net {
     kv_cache *           cache = nullptr;   // decoding: new keys and values are written into it, as part of gf
     ggml_cgraph *        gf    = nullptr;
     bool                 fused = true;      // attention is one operation: see has_attention()
-    ggml_tensor *        mask  = nullptr;   // not fused: [S, T], -INFINITY where one of T tokens does not see one of S, else 0
+    ggml_tensor *        mask  = nullptr;   // not fused: [S, T], -INFINITY where one of T tokens does not see one of S, else 0. In f16 attention is
+                                            // ggml's flash attention, which has no gradient: see has_flash_attention()
     bool                 bf16  = false;     // products of weights and of attention: both sides rounded to bf16, gradients too, sums in f32
 
     // x [in, N] -> [out, N]: `name`.weight, with `name`.bias and an adapter where they exist
@@ -63,12 +69,16 @@ struct net {
     ggml_tensor * attention_qkv(int il, ggml_tensor * qkv, int64_t T, bool causal) const;
 
   private:
+    ggml_tensor * flash_attention(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v) const;
     ggml_tensor * plain_attention(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, bool causal) const;
     ggml_tensor * product(ggml_tensor * w, ggml_tensor * x) const;
 };
 
 // Whether a device has the attention of T tokens of B sequences as one operation; `trained`: and its gradient. If not, a net is not fused.
 bool has_attention(ggml_backend_t device, const hparams & hp, int64_t T, int64_t B, bool causal, bool bf16, bool trained);
+
+// Whether a device has flash attention of T tokens that see S keys and values in f16.
+bool has_flash_attention(ggml_backend_t device, const hparams & hp, int64_t T, int64_t S);
 
 // A net's mask [S, T]: token i of T is the one behind n_past + i others.
 void set_causal_mask(ggml_tensor * mask, int64_t n_past);

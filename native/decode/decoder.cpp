@@ -11,6 +11,7 @@
 namespace toy {
 
 static constexpr int    PREFILL_BATCH = 512;
+static constexpr int    SLOTS_STEP = 256;   // of what a device's graph reads: a new graph for each so many tokens. ggml-cuda's attention wants them
 static constexpr size_t NODES_A_LAYER = 128;
 
 decoder::decoder(std::unique_ptr<model_file> model_, int n_ctx, int n_threads, const std::string & adapter)
@@ -31,17 +32,22 @@ decoder::decoder(std::unique_ptr<model_file> model_, int n_ctx, int n_threads, c
     if (lora) {
         lora->file.move_to(be.handle);
     }
-    cache.n_ctx        = n_ctx > 0 ? n_ctx : hp.n_ctx;
-    const int64_t n_kv = (int64_t) hp.head_dim * hp.n_head_kv;
-    ctx_cache          = ggml_init({ /*mem_size =*/2 * hp.n_layer * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
+    cache.n_ctx           = n_ctx > 0 ? n_ctx : hp.n_ctx;
+    const int64_t   n_kv  = (int64_t) hp.head_dim * hp.n_head_kv;
+    const int64_t   slots = be.is_cpu() ? cache.n_ctx : GGML_PAD(cache.n_ctx, SLOTS_STEP);
+    const ggml_type type  = !be.is_cpu() && has_flash_attention(be.handle, hp, 1, SLOTS_STEP) ? GGML_TYPE_F16 : GGML_TYPE_F32;
+    ctx_cache             = ggml_init({ /*mem_size =*/2 * hp.n_layer * ggml_tensor_overhead(), nullptr, /*no_alloc =*/true });
     for (int il = 0; il < hp.n_layer; il++) {
-        cache.k.push_back(ggml_new_tensor_2d(ctx_cache, GGML_TYPE_F32, n_kv, cache.n_ctx));
-        cache.v.push_back(ggml_new_tensor_2d(ctx_cache, GGML_TYPE_F32, n_kv, cache.n_ctx));
+        cache.k.push_back(ggml_new_tensor_2d(ctx_cache, type, n_kv, slots));
+        cache.v.push_back(ggml_new_tensor_2d(ctx_cache, type, n_kv, slots));
     }
     buf_cache = ggml_backend_alloc_ctx_tensors(ctx_cache, be.handle);
     if (!buf_cache) {
         ggml_free(ctx_cache);
         throw error("oom", EXIT_FAILED, format("cannot allocate a KV cache for %d tokens", cache.n_ctx), "lower --context");
+    }
+    if (!be.is_cpu()) {
+        ggml_backend_buffer_clear(buf_cache, 0);   // what is masked is read, too
     }
     const size_t graph_size = NODES_A_LAYER * (hp.n_layer + 2);
     graph_mem.resize(graph_size * ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false));
@@ -60,15 +66,24 @@ void decoder::build(int n) {
     graph        = ggml_new_graph_custom(ctx_graph, NODES_A_LAYER * (hp.n_layer + 2), false);
     in_tokens    = ggml_new_tensor_1d(ctx_graph, GGML_TYPE_I32, n);
     in_positions = ggml_new_tensor_1d(ctx_graph, GGML_TYPE_I32, n);
-    in_mask      = be.is_cpu() ? nullptr : ggml_new_tensor_2d(ctx_graph, GGML_TYPE_F32, cache.n_past + n, n);
-    for (ggml_tensor * t : { in_tokens, in_positions, in_mask }) {
+    in_mask      = nullptr;
+    cache.slots  = nullptr;
+    bool fused   = true;
+    if (!be.is_cpu()) {
+        cache.slots      = ggml_new_tensor_1d(ctx_graph, GGML_TYPE_I64, n);
+        cache.n_read     = GGML_PAD(cache.n_past + n, SLOTS_STEP);
+        const bool flash = cache.k[0]->type == GGML_TYPE_F16 && has_flash_attention(be.handle, hp, n, cache.n_read);
+        fused            = !flash && cache.n_past == 0 && has_attention(be.handle, hp, n, 1, /*causal =*/true, /*bf16 =*/false, /*trained =*/false);
+        in_mask          = fused ? nullptr : ggml_new_tensor_2d(ctx_graph, flash ? GGML_TYPE_F16 : GGML_TYPE_F32, cache.n_read, n);
+    }
+    for (ggml_tensor * t : { in_tokens, in_positions, in_mask, cache.slots }) {
         if (t) {
             ggml_set_input(t);
         }
     }
     const inputs in = { in_tokens, in_positions, nullptr, /*last_only =*/true };
     net          n_ = { ctx_graph, model->lookup(), hp, lora ? &lora->adapter : nullptr, /*f32 =*/false, &cache, graph };
-    n_.fused        = be.is_cpu();
+    n_.fused        = fused;
     n_.mask         = in_mask;
     cache.begin_graph();
     out = family.forward(n_, in);
@@ -77,19 +92,24 @@ void decoder::build(int n) {
     if (!memory.alloc(graph)) {
         throw error("oom", EXIT_FAILED, "out of memory while decoding", LOWER_CONTEXT);
     }
-    n_built = be.is_cpu() ? n : 0;   // the plain attention of other devices has another size for each token
+    n_built = n;
 }
 
 void decoder::eval_batch(const int32_t * tokens, int n) {
-    if (n == n_built) {
-        cache.move_graph(n);
-    } else {
+    const bool again = n == n_built && (be.is_cpu() || (in_mask && cache.n_past + n <= cache.n_read));
+    if (!again) {
         build(n);
+    } else if (be.is_cpu()) {
+        cache.move_graph(n);
     }
     std::vector<int32_t> positions(n);
     std::iota(positions.begin(), positions.end(), cache.n_past);
     ggml_backend_tensor_set(in_tokens, tokens, 0, n * sizeof(int32_t));
     ggml_backend_tensor_set(in_positions, positions.data(), 0, n * sizeof(int32_t));
+    if (cache.slots) {
+        const std::vector<int64_t> slots(positions.begin(), positions.end());
+        ggml_backend_tensor_set(cache.slots, slots.data(), 0, n * sizeof(int64_t));
+    }
     if (in_mask) {
         set_causal_mask(in_mask, cache.n_past);
     }

@@ -36,7 +36,8 @@ struct decoder {
     std::vector<uint8_t>  graph_mem;
     std::vector<float>    logits;
 
-    // The graph of the last batch, which on the cpu the next of as many tokens uses again: an answer builds one.
+    // The graph of the last batch, which the next of as many tokens uses again: an answer builds one, on a device one in SLOTS_STEP tokens, so that
+    // ggml-cuda plays back what it has captured.
     int            n_built   = 0;   // tokens
     ggml_context * ctx_graph = nullptr;
     ggml_cgraph *  graph;

@@ -1,19 +1,21 @@
-"""Every recipe on a device whose kernels are CUDA's, run by the CPU: what it has it computes, the scheduler leaves the
-rest to the CPU. The CPU's losses, to some digits. Driver, streams, CUDA graphs and cuBLAS are not in it."""
+"""Every recipe, and an answer, on a device whose kernels are CUDA's, run by the CPU: what it has it computes, the
+scheduler leaves the rest to the CPU. Driver, streams, CUDA graphs and cuBLAS are not in it."""
 
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import read_events
+from harness import ROOT, read_events
 from killing import JOBS, new_folder
 
 from toy import builds
 
+GATES = ROOT / "data" / "gates"
 #: How far a loss may be from the CPU's, relative to it. In bf16 a sum of another order may be rounded another way.
 FAR = {"f32": 1e-5, "bf16": 2e-3}
 #: f32 and bf16 differ in products and attention; what a family has besides is in either.
@@ -49,7 +51,7 @@ def losses(name: str, device: str, dtype: str, runner: Path, folder: Path) -> tu
 
 
 def emulated(name: str) -> Path:
-    runner = builds.find_root().folder("native") / f"{JOBS[name].runner}-cuda-on-cpu"
+    runner = builds.find_root().folder("native") / f"{name}-cuda-on-cpu"
     if not runner.is_file():
         pytest.skip("the native tests are not built: cmake -DTOY_TESTS=ON")
     return runner
@@ -57,7 +59,7 @@ def emulated(name: str) -> Path:
 
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
 def test_a_recipe_learns_what_the_cpu_learns(built: None, name: str, dtype: str, tmp_path: Path) -> None:
-    runner = emulated(name)
+    runner = emulated(JOBS[name].runner)
     want, want_val = losses(name, "cpu", dtype, builds.find_root().runner(JOBS[name].runner), tmp_path / "cpu")
     got, val = losses(name, "cuda", dtype, runner, tmp_path / "cuda")
     assert len(got) == len(want) == STEPS
@@ -66,10 +68,30 @@ def test_a_recipe_learns_what_the_cpu_learns(built: None, name: str, dtype: str,
     assert val == pytest.approx(want_val, rel=FAR[dtype])
 
 
+def test_an_answer_is_that_of_the_cpu(built: None, tmp_path: Path) -> None:
+    """A prompt in one batch, then tokens one by one, until the graph that they share has read all it can, and on."""
+    prompt = tmp_path / "prompt"
+    prompt.write_bytes(struct.pack("<40i", *(7 * k % 60 + 1 for k in range(40))))
+    environment = os.environ | {
+        "GGUF": str(GATES / "shakespeare-mixed.gguf"), "PROMPT_TOKENS": str(prompt), "N_PREDICT": "240",
+        "CONTEXT": "300", "LOGPROBS": "1",
+    }  # fmt: skip
+    answers = []
+    for runner in (builds.find_root().runner("toy-infer"), emulated("toy-infer")):
+        done = subprocess.run([runner], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        answers.append([line.split() for line in done.stdout.splitlines()])
+    want, got = answers
+    assert len(want) == 240
+    assert [line[1] for line in got] == [line[1] for line in want]
+    likely = [[float(line[2].split(":")[1]) for line in answer] for answer in answers]
+    assert likely[1] == pytest.approx(likely[0], abs=1e-4)
+
+
 def test_scratch_memory_that_a_device_lacks_is_said(built: None, tmp_path: Path) -> None:
     """What kernels work in is taken while a step is computed."""
     environment = begin("llama", "cuda", "f32", tmp_path) | {"CUDA_ON_CPU_SCRATCH": "100"}
-    done = subprocess.run([emulated("llama")], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([emulated("toy-train")], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     [error, hint, kind] = done.stderr.splitlines()[-3:]
     assert error == "error: the cuda device is out of memory: no scratch memory; 1.00 of 1.00 GiB are free"
