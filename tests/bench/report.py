@@ -149,8 +149,10 @@ class Report:
 
     def text(self, quiet: Quiet) -> str:
         lines = [f"# toy against PyTorch, {datetime.date.today().isoformat()}", "", self.circumstances(quiet), ""]
+        if self.cells or self.figures:
+            lines += [*self.verdict(), ""]
         if self.cells:
-            lines += [*self.verdict(), "", *self.absolute(), ""]
+            lines += [*self.absolute(), ""]
         if self.figures:
             lines += [*self.other_figures(), ""]
         if self.products:
@@ -255,10 +257,11 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:  # a machine that is lent may have no git
+        return "unknown"
 
 
 def result_path(name: str) -> Path:

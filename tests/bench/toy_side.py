@@ -51,10 +51,14 @@ def smollm2() -> Path | None:
 
 
 def ids_file(path: Path, shape: Shape) -> Path:
-    """Random ids: which ones they are makes no difference to speed, and every vocabulary has them."""
+    """Random ids: which ones they are makes no difference to speed, and every vocabulary has them. Those of a large
+    batch repeat: to draw them all would take longer than its steps."""
+    n_ids = max(min(60 * shape.items, 1 << 22), 16 * shape.items, 20_000)
     draw = random.Random(0)
-    ids = array("i", (draw.randrange(shape.vocab_size) for _ in range(max(60 * shape.items, 20_000))))
-    path.write_bytes(ids.tobytes())
+    block = array("i", (draw.randrange(shape.vocab_size) for _ in range(min(n_ids, 1 << 20))))
+    with path.open("wb") as file:
+        for at in range(0, n_ids, len(block)):
+            file.write(block[: n_ids - at].tobytes())
     return path
 
 
