@@ -4,6 +4,7 @@ step lines.
     python tests/gates.py [NAME ...]        record them anew (all of them, unless named)
     python tests/gates.py --base            make shakespeare-mixed.gguf anew; then lora and warm-start change too
     python tests/gates.py --device cuda     record those of a device, DEVICE/NAME.txt, and which one it is
+                          --steps 5         only so many steps: one of a device made of software takes a second or two
 """
 
 from __future__ import annotations
@@ -64,11 +65,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--base", action="store_true")
     parser.add_argument("--device", default="")
+    parser.add_argument("--steps", type=int, default=0)
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"there is no {', '.join(sorted(unknown))}: of {', '.join(NAMES)}")
     folder = GATES / args.device
+    if args.steps and not args.device:
+        parser.error("--steps is for the gates of a device")
     flags = ("--device", args.device, *ON_DEVICE) if args.device else ()
+    flags += ("--steps", args.steps) if args.steps else ()
     with tempfile.TemporaryDirectory() as scratch:
         toy = Toy(Path(scratch))
         if args.base:
