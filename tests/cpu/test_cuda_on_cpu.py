@@ -41,13 +41,16 @@ def begin(name: str, device: str, dtype: str, folder: Path) -> dict[str, str]:
     return os.environ | job.environment(folder / "run", job.files(new_folder(folder / "data")), STEPS)
 
 
-def losses(name: str, device: str, dtype: str, runner: Path, folder: Path) -> tuple[list[float], list[float]]:
-    """Of the steps, and of the evaluation."""
+def train(name: str, device: str, dtype: str, runner: Path, folder: Path) -> dict[str, list[float]]:
+    """Losses of the steps and of the evaluation, and norms of the gradients, whose size a step of AdamW hides."""
     environment = begin(name, device, dtype, folder)
     done = subprocess.run([runner], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    steps = [float(line.split("loss=")[1]) for line in done.stdout.splitlines()]
-    return steps, [event["val_loss"] for event in read_events(folder / "run", "eval")]
+    return {
+        "loss": [float(line.split("loss=")[1]) for line in done.stdout.splitlines()],
+        "val_loss": [event["val_loss"] for event in read_events(folder / "run", "eval")],
+        "grad_norm": [event["grad_norm"] for event in read_events(folder / "run", "step")],
+    }
 
 
 def emulated(name: str) -> Path:
@@ -60,12 +63,12 @@ def emulated(name: str) -> Path:
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
 def test_a_recipe_learns_what_the_cpu_learns(built: None, name: str, dtype: str, tmp_path: Path) -> None:
     runner = emulated(JOBS[name].runner)
-    want, want_val = losses(name, "cpu", dtype, builds.find_root().runner(JOBS[name].runner), tmp_path / "cpu")
-    got, val = losses(name, "cuda", dtype, runner, tmp_path / "cuda")
-    assert len(got) == len(want) == STEPS
-    assert len(val) == len(want_val) > 0
-    assert got == pytest.approx(want, rel=FAR[dtype])
-    assert val == pytest.approx(want_val, rel=FAR[dtype])
+    want = train(name, "cpu", dtype, builds.find_root().runner(JOBS[name].runner), tmp_path / "cpu")
+    got = train(name, "cuda", dtype, runner, tmp_path / "cuda")
+    assert len(want["loss"]) == len(want["grad_norm"]) == STEPS
+    assert len(want["val_loss"]) > 0
+    for what, values in want.items():
+        assert got[what] == pytest.approx(values, rel=FAR[dtype]), what
 
 
 def test_an_answer_is_that_of_the_cpu(built: None, tmp_path: Path) -> None:

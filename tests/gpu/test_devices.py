@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from gates import GATES, NAMES, ON_DEVICE, circumstances
-from harness import EXCERPT, ROOT, TINY, Toy, sets
+from harness import EXCERPT, ROOT, TINY, Toy, read_events, sets
 from killing import JOBS, new_folder
 
 from toy import builds, cuda, devices, recipes
@@ -100,6 +100,9 @@ def test_a_recipe_learns_what_the_cpu_learns(place: Place, name: str) -> None:
     assert len(want) == len(got) == 6
     assert got == pytest.approx(want, rel=far)
     assert first["val_loss"] == pytest.approx(cpu["val_loss"], rel=far)
+    # whose size a step of AdamW hides
+    norms = [[event["grad_norm"] for event in read_events(Path(run["run_dir"]), "step")] for run in (cpu, first)]
+    assert norms[1] == pytest.approx(norms[0], rel=far)
     assert got[0] != got[-1]
     # killed or not, a run goes on to the byte; and so it is the same from run to run
     middle = Path(first["run_dir"]) / "checkpoints" / "step_3"
