@@ -34,8 +34,8 @@ struct dims {
 
 // odd, of one tile and of several, with one block of terms and with several; vectors and what is left over; thin ones, as of adapters
 static const std::vector<dims> SIZES = {
-    { 1, 5, 3 },        { 7, 4, 13 },      { 33, 15, 40 },  { 192, 197, 192 }, { 70, 301, 900 },
-    { 513, 100, 1537 }, { 2100, 29, 385 }, { 301, 150, 8 }, { 8, 301, 150 },   { 150, 8, 301 },
+    { 1, 5, 3 },       { 7, 4, 13 },    { 33, 15, 40 },  { 192, 197, 192 }, { 70, 301, 900 }, { 513, 100, 1537 },
+    { 2100, 29, 385 }, { 301, 150, 8 }, { 8, 301, 150 }, { 150, 8, 301 },   { 29, 1000, 50 },
 };
 
 static tensor matrix(ggml_context * ctx, int64_t n0, int64_t n1) {

@@ -475,10 +475,9 @@ static ggml_tensor * model_with_shared_weights(ggml_context * ctx, int64_t n_emb
 static void test_accumulators() {
     const std::vector<std::vector<int64_t>> shapes = {
         // n_embd, n_vocab, n_tokens
-        { 5, 7, 4 },
-        { 33, 65, 18 },
-        { 32, 64, 2 },
-        { 47, 530, 800 },
+        { 5, 7, 4 },      { 33, 65, 18 },
+        { 32, 64, 2 },    { 47, 530, 800 },   // the gradient of a square weight is summed up by halves, of one block of terms
+        { 45, 33, 1540 },                     // and of two
     };
     for (const auto & s : shapes) {
         const std::string          name = "accumulators " + std::to_string(s[0]) + "," + std::to_string(s[1]) + "," + std::to_string(s[2]);

@@ -85,6 +85,9 @@ static void test_corners(ggml_prec prec) {
             ggml_tensor * y   = new_f32(ctx, { m, k });
             check_corner(ctx, ggml_out_prod(ctx, some_columns(ctx, low, r), y), ggml_out_prod(ctx, low, y), prec, "out_prod, columns" + name);
             check_corner(ctx, ggml_out_prod(ctx, y, some_columns(ctx, low, r)), ggml_out_prod(ctx, y, low), prec, "out_prod, rows" + name);
+            // of an odd number of terms, of which no sum is made in halves
+            low = new_f32(ctx, { WIDE, k | 1 });
+            y   = new_f32(ctx, { m, k | 1 });
             check_sum(ctx, low, y, r, m, prec, "out_prod_acc, columns" + name);
             check_sum(ctx, y, low, m, r, prec, "out_prod_acc, rows" + name);
             check_sum(ctx, low, low, r, r, prec, "out_prod_acc, both" + name);
