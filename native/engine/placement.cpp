@@ -11,6 +11,7 @@ namespace toy {
 placement::placement(backend & be, ggml_context * ctx) : be(be), ctx(ctx) {
     if (be.is_cpu()) {
         galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(be.handle));
+        ggml_gallocr_set_by_size(galloc, true);
     }
 }
 

@@ -286,10 +286,59 @@ static void test_sums_of_gradients() {
     }
 }
 
+// --- memory ---------------------------------------------------------------------------------------------------------
+
+// products of these widths, each of which only the next one needs
+static void test_memory(const std::vector<int64_t> & widths, bool affordable) {
+    const std::string  name = "memory by size, " + std::to_string(widths.size()) + " products";
+    std::vector<float> want;
+    size_t             plain = 0;
+    for (bool by_size : { false, true }) {
+        allocated g;
+        rng_state = 11;
+        ggml_gallocr_set_by_size(g.alloc, by_size);
+        std::vector<tensor> made;
+        tensor              x = matrix(g.leaves, 5, 40);
+        for (int64_t n : widths) {
+            made.push_back(x = ggml_mul_mat(g.ctx, matrix(g.leaves, x->ne[0], n), x));
+        }
+        ggml_cgraph * graph = ggml_new_graph_custom(g.ctx, 256, false);
+        ggml_set_output(made[0]);
+        ggml_build_forward_expand(graph, x);
+        check(ggml_gallocr_alloc_graph(g.alloc, graph), name + ": allocated");
+        compute_with(graph, 2, true);
+
+        int n_mixed = 0;   // memory that tensors of several sizes have had
+        for (tensor s : made) {
+            for (tensor t : made) {
+                const char *s0 = (const char *) s->data, *t0 = (const char *) t->data;
+                n_mixed += s0 < t0 + ggml_nbytes(t) && t0 < s0 + ggml_nbytes(s) && (s0 != t0 || ggml_nbytes(s) != ggml_nbytes(t));
+            }
+        }
+        check((n_mixed == 0) == (by_size && affordable), name + ": " + std::to_string(n_mixed) + " tensors in the place of others");
+
+        const size_t             size = ggml_gallocr_get_buffer_size(g.alloc, 0);
+        const std::vector<float> got((const float *) x->data, (const float *) x->data + ggml_nelements(x));
+        if (!by_size) {
+            want  = got;
+            plain = size;
+        }
+        check(memcmp(got.data(), want.data(), ggml_nbytes(x)) == 0, name + ": the same result");
+        check(size <= plain + plain / 4 && (affordable || size == plain),
+              name + ": " + std::to_string(size) + " bytes, not " + std::to_string(plain));
+    }
+}
+
+static void test_memory_by_size() {
+    test_memory({ 1000, 70, 33, 33, 70, 33 }, true);
+    test_memory({ 10, 70, 33, 33, 70, 33 }, false);
+}
+
 int main() {
     ggml_cpu_init();
     test_steps();
     test_linear_gradients();
     test_sums_of_gradients();
+    test_memory_by_size();
     return summary("test-fusion");
 }
