@@ -12,6 +12,7 @@ import numpy as np
 import parity
 import pytest
 from gguf_files import RandomModel
+from harness import config_kv
 from parity import Case, lora_case, vit_case, warm_case
 
 SHORT = {"batch": 8, "steps": 50}
@@ -156,3 +157,26 @@ def test_the_graph_of_other_devices_is_the_same_step(case: Case, tmp_path: Path)
     # an evaluation computes the first part of the graph, a step after it the whole again
     np.testing.assert_allclose(plain.evaluate(), fused.evaluate(), rtol=1e-5)
     np.testing.assert_allclose(plain.step()["loss"], fused.step()["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "whole"),
+    [
+        ("cpu", False, False),
+        ("cuda", False, False),
+        ("vulkan", False, False),
+        # what writes a gradient that the cpu keeps is the cpu's: there the loss is one of several operations
+        ("vulkan", True, True),
+        ("metal", False, True),
+    ],
+)
+def test_a_plan_knows_where_logits_never_exist_whole(device: str, offload: bool, whole: bool) -> None:
+    from toy import _native
+
+    words, context, batch = 50257, 512, 8
+    kv = config_kv(
+        run={"device": device},
+        model={"vocab_size": words, "context": context},
+        train={"batch": batch, "micro_batch": batch, "dtype": "f32", "offload": offload},
+    )
+    assert (_native.plan(kv)["compute"] > 4 * words * context * batch) == whole
