@@ -24,9 +24,11 @@ train: setup ## make a project in playground/ and train its model there
 	cd $(PLAY) && ../$(BIN)/toy train
 
 test: $(VENV)/.test ## everything but the long runs
-	$(BIN)/toy install
-	$(BIN)/cmake -B build/native -DTOY_TESTS=ON && $(BIN)/cmake --build build/native
-	$(BIN)/ctest --test-dir build/native --output-on-failure
+	$(BIN)/toy install --portable
+	for v in native portable; do \
+	    $(BIN)/cmake -B build/$$v -DTOY_TESTS=ON && $(BIN)/cmake --build build/$$v && \
+	    $(BIN)/ctest --test-dir build/$$v --output-on-failure || exit 1; \
+	done
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test ## the long runs: published losses
